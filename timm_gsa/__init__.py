@@ -1,0 +1,9 @@
+"""timm_gsa: attention inside ResNets, as timm models. Importing it registers the models."""
+from ._check import require_supported_timm
+from .version import __version__ as __version__
+
+require_supported_timm()
+
+from . import layers, models, ops  # noqa: E402
+
+__all__ = ['layers', 'models', 'ops']

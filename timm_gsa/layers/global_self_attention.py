@@ -1,0 +1,112 @@
+"""The GSA module: content attention and axial relative positional attention in parallel.
+
+Source: Shen et al., "Global Self-Attention Networks for Image Recognition", arXiv 2010.03019, Figure 1.
+"""
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import LayerType, get_norm_layer, register_notrace_module, to_2tuple
+
+from ..ops import column_attention, content_attention, resize_relative_table, row_attention
+
+__all__ = ['GlobalSelfAttention']
+
+
+@register_notrace_module  # works on shapes in Python
+class GlobalSelfAttention(nn.Module):
+    """Global self-attention over a feature map, in place of a spatial convolution.
+
+    out = content(query, key, value) + row(query, norm(column(query, value)))
+
+    with the three operations of `timm_gsa.ops` (`content_attention`, `column_attention`, `row_attention`). No output
+    projection, no residual and no final norm: the network around it brings those. With `stride` 2 the attention runs
+    at the input size and a 2 x 2 average pool follows.
+
+    The two position tables are built for maps of `feat_size`; any other size runs too, on tables resampled along
+    their offset axis (`resize_relative_table`). State dicts with tables of other sizes load into the module's own
+    size by the same resampling.
+
+    Verified: parameter counts and multiply-adds of networks built from it agree with the values believed to be the
+    paper's. Our choice, as the paper's text was not readable for us: no bias and no norm on query, key and value,
+    initialisation (std dim ** -0.5 for the projection, (dim / num_heads) ** -0.5 for the tables), pooling of odd maps
+    (the last, narrower window averages what it covers, so sizes agree with a stride-2 shortcut) and resampling.
+
+    Args:
+        dim: Channels C of input and output.
+        feat_size: Height and width of the maps the tables are built for, in positions of the input.
+        num_heads: Attention heads; must divide `dim`.
+        stride: 1, or 2 to halve the map after the attention.
+        qkv_bias: Whether the projection to query, key and value has a bias.
+        norm_layer: Norm between the column and the row step, over all C channels.
+
+    Shape:
+        Input (B, C, H, W); output (B, C, ceil(H / stride), ceil(W / stride)). Parameters: `qkv` a 1 x 1 convolution
+        C -> 3C in the order query, key, value; `rel_h` (2H - 1, C / num_heads) and `rel_w` (2W - 1, C / num_heads)
+        for the H, W of `feat_size`; `norm`.
+
+    Raises:
+        ValueError: `dim` is not a multiple of `num_heads`, `stride` is neither 1 nor 2, or `feat_size` is not positive.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            feat_size: int | tuple[int, int],
+            num_heads: int = 8,
+            stride: int = 1,
+            qkv_bias: bool = False,
+            norm_layer: LayerType = nn.BatchNorm2d,
+            device: Any = None,
+            dtype: torch.dtype | None = None,
+    ) -> None:
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
+        super().__init__()
+        if num_heads < 1 or dim % num_heads != 0:
+            raise ValueError(f'num_heads must divide dim = {dim}, got {num_heads}')
+        if stride not in (1, 2):
+            raise ValueError(f'stride must be 1 or 2, got {stride}')
+        height, width = to_2tuple(feat_size)
+        if height < 1 or width < 1:
+            raise ValueError(f'feat_size must be positive, got {feat_size}')
+        self.dim = dim
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.stride = stride
+        self.qkv = nn.Conv2d(dim, 3 * dim, kernel_size=1, bias=qkv_bias, **dd)
+        self.rel_h = nn.Parameter(torch.empty(2 * height - 1, self.head_dim, **dd))
+        self.rel_w = nn.Parameter(torch.empty(2 * width - 1, self.head_dim, **dd))
+        self.norm = get_norm_layer(norm_layer)(dim, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise the projection and the tables, and the norm by its own rule."""
+        nn.init.normal_(self.qkv.weight, std=self.dim ** -0.5)
+        if self.qkv.bias is not None:
+            nn.init.zeros_(self.qkv.bias)
+        nn.init.normal_(self.rel_h, std=self.head_dim ** -0.5)
+        nn.init.normal_(self.rel_w, std=self.head_dim ** -0.5)
+        if hasattr(self.norm, 'reset_parameters'):
+            self.norm.reset_parameters()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, table in (('rel_h', self.rel_h), ('rel_w', self.rel_w)):
+            given = state_dict.get(prefix + name)
+            if given is not None and given.ndim == 2 and given.shape[0] % 2 == 1 and given.shape[1] == table.shape[1]:
+                state_dict[prefix + name] = resize_relative_table(given, (table.shape[0] + 1) // 2)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, _, height, width = x.shape
+        qkv = self.qkv(x).reshape(batch, 3, self.num_heads, self.head_dim, height, width)
+        query, key, value = qkv.unbind(1)
+        rel_h = resize_relative_table(self.rel_h, height).to(query.dtype)
+        rel_w = resize_relative_table(self.rel_w, width).to(query.dtype)
+        content = content_attention(query, key, value)
+        column = column_attention(query, value, rel_h).reshape(batch, self.dim, height, width)
+        position = row_attention(query, self.norm(column).reshape(value.shape), rel_w)
+        out = (content + position).reshape(batch, self.dim, height, width)
+        if self.stride == 2:
+            out = F.avg_pool2d(out, 2, 2, ceil_mode=True, count_include_pad=False)
+        return out

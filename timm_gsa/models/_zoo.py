@@ -1,0 +1,76 @@
+"""What the model files share: pretrained configs of the zoo, and building a model from them."""
+from collections.abc import Callable
+from importlib.resources import files
+from typing import Any
+
+import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models._builder import resolve_pretrained_cfg
+
+from ._cifar100 import CIFAR100_LABELS, CIFAR100_MEAN, CIFAR100_STD
+
+__all__ = ['cifar100_cfg', 'create_from_zoo', 'default_cfg', 'zoo_cfgs']
+
+_PRETRAINED: list[str] = []
+
+
+def default_cfg(**kwargs: Any) -> dict[str, Any]:
+    """Pretrained config of an ImageNet-1k model at 224 px, as timm's ResNet has it, updated by `kwargs`."""
+    return {
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': 0.875, 'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'conv1', 'classifier': 'fc', 'license': 'apache-2.0',
+        'origin_url': 'https://github.com/timm-gsa/timm-gsa',
+        **kwargs,
+    }
+
+
+def cifar100_cfg(name: str, **kwargs: Any) -> dict[str, Any]:
+    """Pretrained config of the entry `name` (arch.tag), trained on CIFAR-100 at 64 px and shipped in the wheel."""
+    return default_cfg(
+        file=str(files('timm_gsa') / 'weights' / f'{name}.safetensors'),
+        num_classes=100, input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=1.0, interpolation='bilinear',
+        mean=CIFAR100_MEAN, std=CIFAR100_STD, label_names=CIFAR100_LABELS,
+        **kwargs,
+    )
+
+
+def zoo_cfgs(cfgs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """timm's registry form of {'arch.tag': config}, keeping count of the entries that have weights."""
+    _PRETRAINED.extend(name for name, cfg in cfgs.items() if cfg.get('file') or cfg.get('hf_hub_id'))
+    return generate_default_cfgs(cfgs)
+
+
+def create_from_zoo(
+        model_cls: type[nn.Module],
+        variant: str,
+        pretrained: bool = False,
+        advice: str = 'Use pretrained=False for random initialisation.',
+        **kwargs: Any,
+) -> nn.Module:
+    """timm's `build_model_with_cfg`, with an error for missing weights that names the entries which have some.
+
+    Args:
+        model_cls: Class of the model.
+        variant: Registered name of the architecture.
+        pretrained: Load the weights of its pretrained config.
+        advice: Sentence that ends the error message.
+        **kwargs: Passed on to timm.
+
+    Raises:
+        RuntimeError: `pretrained` is set and the config names no source of weights.
+    """
+    if pretrained:
+        cfg = resolve_pretrained_cfg(
+            variant,
+            pretrained_cfg=kwargs.get('pretrained_cfg'),
+            pretrained_cfg_overlay=kwargs.get('pretrained_cfg_overlay'),
+        )
+        if not (cfg.has_weights or cfg.state_dict or cfg.source):
+            raise RuntimeError(
+                f'No pretrained weights are published for {variant}; '
+                f'of this zoo, {", ".join(sorted(_PRETRAINED))} have some. {advice}'
+            )
+    return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)

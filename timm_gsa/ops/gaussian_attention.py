@@ -1,0 +1,58 @@
+"""Gaussian attention: every position averages the whole map with weights that fall off with distance.
+
+Source: Tan et al., "Explicitly Modeled Attention Maps for Image Classification", arXiv 2006.07872. The paper's
+equations were not readable for us; the form below is a reconstruction.
+"""
+import torch
+
+__all__ = ['gaussian_attention', 'gaussian_attention_reference', 'gaussian_weight']
+
+
+def gaussian_weight(length: int, radius: torch.Tensor, dilation: int = 1) -> torch.Tensor:
+    """Attention along one axis: row softmax of -(i - j)^2 / (2 r^2), with r^2 = radius^2 + 1e-6.
+
+    Args:
+        length: Number of positions along the axis.
+        radius: Scalar radius in cells of the undilated grid; the sign does not matter.
+        dilation: Cells of this axis that make one cell of the undilated grid.
+
+    Returns:
+        Tensor of shape (length, length) whose rows sum to 1, in at least float32.
+    """
+    wide = torch.float64 if radius.dtype == torch.float64 else torch.float32
+    position = torch.arange(length, device=radius.device, dtype=wide) / dilation
+    distance = (position[:, None] - position[None, :]).square()
+    variance = radius.to(wide).square() + 1e-6
+    return (distance / (-2. * variance)).softmax(-1)
+
+
+def gaussian_attention(value: torch.Tensor, radius: torch.Tensor, dilation: int = 1) -> torch.Tensor:
+    """Average of all positions of a map, weighted by a Gaussian of their distance.
+
+    out[:, p] = sum over positions q of softmax over q of (-||p - q||^2 / (2 r^2)) * value[:, q]
+
+    The weights factor over the two axes, so this is a product with a (W, W) and with a (H, H) matrix.
+
+    Args:
+        value: Map of shape (B, C, H, W).
+        radius: Scalar radius in cells of the map (of the undilated map where `dilation` > 1).
+        dilation: Cells of the map that make one cell of the undilated map.
+
+    Returns:
+        Tensor of shape (B, C, H, W) and dtype of `value`.
+    """
+    rows = gaussian_weight(value.shape[-2], radius, dilation).to(value.dtype)
+    columns = gaussian_weight(value.shape[-1], radius, dilation).to(value.dtype)
+    return rows @ (value @ columns.t())
+
+
+def gaussian_attention_reference(value: torch.Tensor, radius: torch.Tensor, dilation: int = 1) -> torch.Tensor:
+    """The same as `gaussian_attention` with the dense map of N x N weights that published costs refer to."""
+    height, width = value.shape[-2:]
+    wide = torch.float64 if radius.dtype == torch.float64 else torch.float32
+    rows = torch.arange(height, device=value.device, dtype=wide) / dilation
+    columns = torch.arange(width, device=value.device, dtype=wide) / dilation
+    position = torch.cartesian_prod(rows, columns)
+    distance = (position[:, None] - position[None, :]).square().sum(-1)
+    weight = (-distance / (2. * (radius.to(wide).square() + 1e-6))).softmax(-1).to(value.dtype)
+    return (value.flatten(2) @ weight.t()).reshape(value.shape)

@@ -1,0 +1,91 @@
+"""Axial relative positional attention: each position gathers values along its column (or row), weighted by its query
+and a learned embedding of the offset.
+
+Source: Shen et al., "Global Self-Attention Networks for Image Recognition", arXiv 2010.03019, Figure 1.
+"""
+import torch
+import torch.nn.functional as F
+
+__all__ = ['column_attention', 'column_attention_reference', 'resize_relative_table', 'row_attention']
+
+
+def column_attention(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Attention along the columns of a map by relative position, without softmax or scale.
+
+    out[:, x, y] = sum over rows i of (query[:, x, y] . table[i - x + H - 1]) * value[:, i, y]
+
+    Rows outside the map do not contribute.
+
+    Args:
+        query: Tensor of shape (B, heads, d, H, W).
+        value: Tensor of shape (B, heads, e, H, W).
+        table: Embeddings of shape (2 * H - 1, d), shared by the heads; row r belongs to the offset r - (H - 1) of the
+            neighbour from the position itself.
+
+    Returns:
+        Tensor of shape (B, heads, e, H, W).
+
+    Raises:
+        ValueError: The table has another number of rows than 2 * H - 1 (`resize_relative_table` makes it fit).
+    """
+    _check(query, table)
+    logits = torch.einsum('bhdxy,xid->bhyxi', query, _pairwise_embedding(table, query.shape[-2]))
+    return torch.einsum('bhyxi,bheiy->bhexy', logits, value)
+
+
+def row_attention(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """`column_attention` along the rows: `table` is of shape (2 * W - 1, d)."""
+    return column_attention(query.transpose(-1, -2), value.transpose(-1, -2), table).transpose(-1, -2)
+
+
+def column_attention_reference(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The same as `column_attention`, with the embeddings picked by a one-hot tensor of all pairs of rows."""
+    _check(query, table)
+    height = query.shape[-2]
+    row = torch.arange(height, device=query.device)
+    one_hot = F.one_hot(row[None, :] - row[:, None] + height - 1, 2 * height - 1).to(query.dtype)
+    embedding = torch.einsum('xir,rd->xid', one_hot, table.to(query.dtype))
+    logits = torch.einsum('bhdxy,xid->bhxyi', query, embedding)
+    return torch.einsum('bhxyi,bheiy->bhexy', logits, value)
+
+
+def resize_relative_table(table: torch.Tensor, length: int) -> torch.Tensor:
+    """Resample a table of relative embeddings to the offsets of another map size.
+
+    Linear interpolation along the offset axis that keeps offset 0 and the two extreme offsets in place (a new axis of
+    one position has offset 0 alone). The entries are scaled by old / new length of the axis, so that a sum over all
+    positions keeps its size. A table that already fits is returned as it is.
+
+    Args:
+        table: Embeddings of shape (2 * L - 1, d).
+        length: New length of the axis in positions.
+
+    Returns:
+        Embeddings of shape (2 * length - 1, d), dtype of `table`.
+    """
+    rows = table.shape[0]
+    new_rows = 2 * length - 1
+    if rows == new_rows:
+        return table
+    wide = torch.float64 if table.dtype == torch.float64 else torch.float32
+    source = table.t().unsqueeze(0).to(wide)
+    if new_rows == 1:  # offset 0; interpolation would keep the first offset
+        resized = source[..., rows // 2:rows // 2 + 1]
+    else:
+        resized = F.interpolate(source, size=new_rows, mode='linear', align_corners=True)
+    return (resized.squeeze(0).t() * ((rows + 1) / (new_rows + 1))).to(table.dtype)
+
+
+def _check(query: torch.Tensor, table: torch.Tensor) -> None:
+    length = query.shape[-2]
+    if table.shape[0] != 2 * length - 1:
+        raise ValueError(
+            f'table must have 2 * {length} - 1 = {2 * length - 1} rows for an axis of {length} positions, '
+            f'got {table.shape[0]}'
+        )
+
+
+def _pairwise_embedding(table: torch.Tensor, length: int) -> torch.Tensor:
+    """(2L - 1, d) embeddings of offsets gathered to (L, L, d), [x, i] for the offset i - x."""
+    position = torch.arange(length, device=table.device)
+    return table[position[None, :] - position[:, None] + length - 1]
