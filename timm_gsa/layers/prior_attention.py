@@ -76,7 +76,15 @@ class PriorAttention(nn.Module):
         self.attn_dilation = attn_dilation
         self.init_radius = radius
         self.conv = nn.Conv2d(
-            dim, dim_out - attended, kernel_size=3, stride=stride, padding=dilation, dilation=dilation, bias=False, **dd)
+            dim,
+            dim_out - attended,
+            kernel_size=3,
+            stride=stride,
+            padding=dilation,
+            dilation=dilation,
+            bias=False,
+            **dd,
+        )
         self.value = nn.Conv2d(dim, attended, kernel_size=1, bias=False, **dd)
         self.proj = nn.Conv2d(attended, attended, kernel_size=1, bias=False, **dd)
         self.radius = nn.Parameter(torch.empty((), **dd))

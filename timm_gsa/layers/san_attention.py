@@ -44,8 +44,9 @@ class _NeighbourhoodAttention(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise every part as PyTorch does by default, which is what the authors trained from."""
         for child in self.children():
-            if hasattr(child, 'reset_parameters'):
-                child.reset_parameters()
+            reset = getattr(child, 'reset_parameters', None)
+            if reset is not None:
+                reset()
 
     def project(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Query (B, dim_key, H, W), key (B, dim_key, H, W) and value (B, dim_out, H, W) of a map (B, dim, H, W)."""

@@ -1,7 +1,6 @@
 """What the model files share: pretrained configs of the zoo, and building a model from them."""
-from collections.abc import Callable
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -11,6 +10,8 @@ from timm.models._builder import resolve_pretrained_cfg
 from ._cifar100 import CIFAR100_LABELS, CIFAR100_MEAN, CIFAR100_STD
 
 __all__ = ['cifar100_cfg', 'create_from_zoo', 'default_cfg', 'zoo_cfgs']
+
+ModelT = TypeVar('ModelT', bound=nn.Module)
 
 _PRETRAINED: list[str] = []
 
@@ -44,12 +45,12 @@ def zoo_cfgs(cfgs: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def create_from_zoo(
-        model_cls: type[nn.Module],
+        model_cls: type[ModelT],
         variant: str,
         pretrained: bool = False,
         advice: str = 'Use pretrained=False for random initialisation.',
         **kwargs: Any,
-) -> nn.Module:
+) -> ModelT:
     """timm's `build_model_with_cfg`, with an error for missing weights that names the entries which have some.
 
     Args:

@@ -80,7 +80,7 @@ default_cfgs = zoo_cfgs({
 })
 
 
-def _create_priorattn_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def _create_priorattn_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> PriorAttentionResNet:
     return create_from_zoo(PriorAttentionResNet, variant, pretrained, **kwargs)
 
 

@@ -226,8 +226,8 @@ class SAN(ResNet):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-# The authors' names of a whole module path, matched once from the left, and ours.
-_OFFICIAL_NAMES = (
+# Where the authors' modules stand in `SAN`; the first pattern that fits the start of a name wins.
+_OFFICIAL_PREFIXES = (
     (r'conv_in\.', 'conv1.conv.'),
     (r'bn_in\.', 'conv1.norm.'),
     (r'conv0\.', 'conv1.proj.'),
@@ -240,21 +240,31 @@ _OFFICIAL_NAMES = (
 _OFFICIAL_BLOCK_NAMES = {
     'bn1': 'norm1',
     'bn2': 'norm2',
-    'conv': 'conv',
+    'sam.conv1': 'attn.query',
+    'sam.conv2': 'attn.key',
+    'sam.conv3': 'attn.value',
     'sam.conv_p': 'attn.position',
     'sam.conv_w.0': 'attn.norm1',
     'sam.conv_w.2': 'attn.conv1',
     'sam.conv_w.3': 'attn.norm2',
     'sam.conv_w.5': 'attn.conv2',
 }
-_OFFICIAL_PROJECTIONS = ('sam.conv1', 'sam.conv2', 'sam.conv3')  # query, key, value
+
+
+def _our_name(official: str) -> str:
+    for pattern, prefix in _OFFICIAL_PREFIXES:
+        match = re.match(pattern, official)
+        if match:
+            path, dot, leaf = official[match.end():].rpartition('.')
+            return f'{match.expand(prefix)}{_OFFICIAL_BLOCK_NAMES.get(path, path)}{dot}{leaf}'
+    return official
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """State dict of the authors' code under our names; any other state dict as it is.
 
-    Their three projections (query, key, value) become one, `qkv`. Keys that do not follow their naming, and projections
-    that do not fit together, keep their names, for the loader to report.
+    Their three projections to query, key and value become one, `qkv`. What does not follow their naming and projections
+    that do not fit together are passed on, for the loader to report.
 
     Args:
         state_dict: State dict with the authors' names (without the prefix `module.` of their training script) or ours.
@@ -265,33 +275,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     """
     if 'conv_in.weight' not in state_dict:
         return state_dict
-    out: dict[str, Any] = {}
-    projections: dict[str, dict[str, str]] = {}
-    for key, tensor in state_dict.items():
-        path, _, leaf = key.rpartition('.')
-        name, prefix = key, ''
-        for pattern, ours in _OFFICIAL_NAMES:
-            match = re.match(pattern, key)
-            if match:
-                prefix = match.expand(ours)
-                name = prefix + key[match.end():]
-                break
-        if 'block' in prefix:
-            inner = path[match.end():]
-            if inner in _OFFICIAL_PROJECTIONS:
-                projections.setdefault(f'{prefix}attn.qkv.{leaf}', {})[inner] = key
-                continue
-            if inner not in _OFFICIAL_BLOCK_NAMES:
-                name = key
-            else:
-                name = f'{prefix}{_OFFICIAL_BLOCK_NAMES[inner]}.{leaf}'
-        out[name] = tensor
-    for name, keys in projections.items():
-        parts = [state_dict[keys[inner]] for inner in _OFFICIAL_PROJECTIONS if inner in keys]
-        if len(parts) == 3 and parts[0].shape == parts[1].shape and parts[1].shape[1:] == parts[2].shape[1:]:
-            out[name] = torch.cat(parts)
-        else:
-            out.update({key: state_dict[key] for key in keys.values()})
+    out = {_our_name(key): tensor for key, tensor in state_dict.items()}
+    for name in [name for name in out if '.attn.query.' in name]:
+        parts = [name.replace('.query.', f'.{part}.') for part in ('query', 'key', 'value')]
+        if len({out[part].shape[1:] if part in out else None for part in parts}) == 1:
+            out[name.replace('.query.', '.qkv.')] = torch.cat([out.pop(part) for part in parts])
     return out
 
 
