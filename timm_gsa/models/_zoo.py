@@ -23,7 +23,6 @@ def default_cfg(**kwargs: Any) -> dict[str, Any]:
         'crop_pct': 0.875, 'interpolation': 'bicubic',
         'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
         'first_conv': 'conv1', 'classifier': 'fc', 'license': 'apache-2.0',
-        'origin_url': 'https://github.com/timm-gsa/timm-gsa',
         **kwargs,
     }
 

@@ -289,7 +289,9 @@ _COMMON_CFG: dict[str, Any] = dict(
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return default_cfg(interpolation='bilinear', **_COMMON_CFG, **kwargs)
+    # Preprocessing and licence of the authors' weights.
+    return default_cfg(
+        interpolation='bilinear', license='mit', origin_url='https://github.com/hszhao/SAN', **_COMMON_CFG, **kwargs)
 
 
 def _tiny_cfg(name: str) -> dict[str, Any]:

@@ -7,9 +7,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .neighbourhood import reflect_pad, same_padding
+from .neighbourhood import reflect_pad, same_padding, windows
 
 __all__ = ['aggregation', 'aggregation_reference']
+
+# Came with torch 2.7; graphs that an earlier torch exports hold the form for the compiler.
+_is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
 
 
 def aggregation(value: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int = 1) -> torch.Tensor:
@@ -38,7 +41,7 @@ def aggregation(value: torch.Tensor, weight: torch.Tensor, kernel_size: int, dil
     if torch.jit.is_scripting() or torch.jit.is_tracing():
         return _shifted_sum(padded, weight, kernel_size, dilation)
     else:
-        if torch.compiler.is_exporting():
+        if _is_exporting():
             return _shifted_sum(padded, weight, kernel_size, dilation)
         if torch.compiler.is_compiling():
             return _window_sum(padded, weight, kernel_size, dilation)
@@ -103,13 +106,11 @@ def _shifted_sum(padded: torch.Tensor, weight: torch.Tensor, kernel_size: int, d
 
 def _window_sum(padded: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
     """Product of a strided view and the weights, summed over the window: the compiler makes one loop of it."""
-    height, width = weight.shape[-2], weight.shape[-1]
     wide = torch.float64 if padded.dtype == torch.float64 else torch.float32
     # Widened before the windows are taken, so that their gradients are summed in float32 as well.
     source = _grouped(padded.to(wide), weight.shape[1])
-    windows = source.unfold(-2, height, dilation).unfold(-2, width, dilation)
     factors = weight.unflatten(2, (kernel_size, kernel_size))[:, None]
-    return (windows * factors).sum((-4, -3)).to(padded.dtype).flatten(1, 2)
+    return (windows(source, kernel_size, dilation) * factors).sum((-4, -3)).to(padded.dtype).flatten(1, 2)
 
 
 class _ShiftedSum(torch.autograd.Function):

@@ -2,7 +2,7 @@
 import torch
 import torch.nn.functional as F
 
-__all__ = ['neighbourhood', 'reflect_pad', 'reflected_index', 'same_padding']
+__all__ = ['neighbourhood', 'reflect_pad', 'reflected_index', 'same_padding', 'windows']
 
 
 def same_padding(kernel_size: int, dilation: int = 1) -> int:
@@ -69,6 +69,12 @@ def neighbourhood(x: torch.Tensor, kernel_size: int, dilation: int = 1) -> torch
         View of shape (B, C, K, K, H, W) on the padded map; [:, :, i, j, h, w] is the value at offset
         (i - K // 2, j - K // 2) * dilation from (h, w).
     """
-    height, width = x.shape[-2], x.shape[-1]
-    padded = reflect_pad(x, same_padding(kernel_size, dilation))
-    return padded.unfold(-2, height, dilation).unfold(-2, width, dilation)
+    return windows(reflect_pad(x, same_padding(kernel_size, dilation)), kernel_size, dilation)
+
+
+def windows(padded: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
+    """View (..., H + 2 * padding, W + 2 * padding), padded by `same_padding`, as (..., K, K, H, W)."""
+    # Unfolded by the size of the window, not of the map, which would tie an exported program to one size.
+    span = dilation * (kernel_size - 1) + 1
+    view = padded.unfold(-2, span, 1).unfold(-2, span, 1)[..., ::dilation, ::dilation]
+    return view.movedim((-2, -1), (-4, -3))

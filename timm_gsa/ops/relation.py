@@ -51,6 +51,7 @@ def coordinates(height: int, width: int, device: torch.device, dtype: torch.dtyp
         Tensor of shape (1, 2, H, W); channel 0 varies along the width, channel 1 along the height.
     """
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    rows = torch.linspace(-1., 1., height, device=device, dtype=dtype)
-    columns = torch.linspace(-1., 1., width, device=device, dtype=dtype)
+    # Not torch.linspace, which ties an exported or compiled program to one size.
+    rows = torch.arange(height, device=device, dtype=dtype) * 2 / max(height - 1, 1) - 1
+    columns = torch.arange(width, device=device, dtype=dtype) * 2 / max(width - 1, 1) - 1
     return torch.stack([columns[None, :].expand(height, width), rows[:, None].expand(height, width)]).unsqueeze(0)
