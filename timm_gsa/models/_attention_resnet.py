@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from timm.layers import get_norm_layer
 from timm.models.resnet import Bottleneck, ResNet
 
 __all__ = ['AttentionResNet']
@@ -24,6 +25,17 @@ class AttentionResNet(ResNet):
         if output_stride not in (8, 16, 32):  # timm's ResNet only asserts it, without a word
             raise ValueError(f'output_stride must be 8, 16 or 32, got {output_stride}')
         super().__init__(*args, **kwargs)
+        for stage in range(2, 5):
+            block = getattr(self, f'layer{stage}')[0]
+            if block.downsample is None:
+                # Stride became dilation between stages of one width, where timm needs no convolution in the shortcut.
+                # Weights trained at stride 32 have one.
+                weight = block.conv1.weight
+                dd: dict[str, Any] = {'device': weight.device, 'dtype': weight.dtype}
+                conv = nn.Conv2d(weight.shape[1], weight.shape[1], kernel_size=1, bias=False, **dd)
+                nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
+                norm_layer = get_norm_layer(kwargs.get('norm_layer', nn.BatchNorm2d))
+                block.downsample = nn.Sequential(conv, norm_layer(weight.shape[1], **dd))
 
     def replace_convs(self, stages: Sequence[int], attn_layer: Callable[[nn.Conv2d, int, int], nn.Module]) -> None:
         """Put attention in the place of convolutions; for the constructor of a subclass.

@@ -1,0 +1,100 @@
+"""What the tests of whole models share: which models they run on, and how to build one in which every part matters."""
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+# One tiny and one real model of each kind. The real ones run where there is nothing to compute: on the meta device.
+TINY = ('gsa_resnet_tiny', 'san_tiny_pairwise', 'san_tiny_patchwise', 'priorattn_resnet_tiny')
+SMALLEST = ('gsa_resnet26', 'san10_pairwise', 'san10_patchwise', 'priorattn_resnet18')
+ALL = (
+    'gsa_resnet26', 'gsa_resnet38', 'gsa_resnet50', 'gsa_resnet101',
+    'san10_pairwise', 'san15_pairwise', 'san19_pairwise', 'san10_patchwise', 'san15_patchwise', 'san19_patchwise',
+    'priorattn_resnet18', 'priorattn_resnet34', 'priorattn_resnet50', 'priorattn_resnet101', 'priorattn_resnet152',
+    *TINY,
+)
+
+# timm's own ResNet, cut down to the size of the tiny models: a test that it does not pass asks too much of ours.
+CONTROL = 'resnet26'
+CONTROL_SHAPE = dict(layers=(1, 2, 2, 1), channels=(32, 64, 96, 128), stem_type='deep', stem_width=12)
+
+WRAPPERS = r'^(body|model|graph_module)\.'  # of timm's feature extractors around a model
+
+
+@pytest.fixture(params=TINY)
+def ours(request: pytest.FixtureRequest) -> str:
+    """Name of a tiny model of each kind."""
+    return request.param
+
+
+@pytest.fixture(params=(*TINY, CONTROL))
+def name(request: pytest.FixtureRequest) -> str:
+    """Name of a tiny model of each kind, and of timm's own ResNet."""
+    return request.param
+
+
+@pytest.fixture(params=SMALLEST)
+def real(request: pytest.FixtureRequest) -> str:
+    """Name of the smallest model of each kind that has the size of a paper's."""
+    return request.param
+
+
+@pytest.fixture(params=ALL)
+def registered(request: pytest.FixtureRequest) -> str:
+    """Name of every model of the package."""
+    return request.param
+
+
+@pytest.fixture(scope='session')
+def families() -> dict[str, dict[str, Any]]:
+    """All that `name` runs through, with the arguments by which `create` makes a tiny model of each."""
+    return {**{name: {} for name in TINY}, CONTROL: CONTROL_SHAPE}
+
+
+@pytest.fixture
+def promised() -> tuple[str, ...]:
+    """Names of all models of the package."""
+    return ALL
+
+
+@pytest.fixture(scope='session')
+def create(families: dict[str, dict[str, Any]]) -> Callable[..., Any]:
+    """`timm.create_model` with the same weights every time: as drawn, but for norms as training would leave them.
+
+    Fresh norms are the identity at best, and zero at the end of a residual branch: they hide what stands before them.
+    Running statistics fit the weights, so that maps depend on the image down to the last. With `fresh`, models not in
+    `families` and the meta device the model is as timm makes it, from a fixed seed.
+    """
+    import timm
+    import torch
+
+    import timm_gsa  # noqa: F401  # not needed where it is installed, but these tests are not about that
+
+    @functools.cache
+    def trained(name: str) -> dict[str, Any]:
+        torch.manual_seed(0)
+        model = timm.create_model(name, **families[name])
+        with torch.no_grad():
+            for module in model.modules():
+                if isinstance(module, torch.nn.BatchNorm2d):
+                    module.weight.uniform_(0.5, 1.)
+                    module.bias.uniform_(-0.2, 0.2)
+                    module.momentum = 1.
+            model.train()(torch.randn(8, 3, 64, 64))
+        return model.state_dict()
+
+    def create(name: str, fresh: bool = False, **kwargs: Any) -> Any:
+        torch.manual_seed(1)
+        model = timm.create_model(name, **dict(families.get(name, {}), **kwargs))
+        if name in families and not fresh:
+            weights = trained(name)
+            for key, tensor in model.state_dict().items():
+                source = weights.get(re.sub(WRAPPERS, '', key))
+                if source is not None and source.shape == tensor.shape and tensor.device.type != 'meta':
+                    tensor.copy_(source)
+        torch.manual_seed(2)
+        return model
+
+    return create

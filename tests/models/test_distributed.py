@@ -1,0 +1,119 @@
+"""Training on several processes: DistributedDataParallel over gloo, and the conversion to synchronised batch norms.
+
+Run as a script, `test_distributed.py FOLDER RANK`, this file is one process of the group.
+"""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from timm.layers import convert_sync_batchnorm
+from torch import nn
+
+import timm_gsa
+
+WORLD = 2
+
+
+def step(model, optimizer, x, target):
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(x), target).backward()
+    grads = {key.removeprefix('module.'): None if p.grad is None else p.grad.clone()
+             for key, p in model.named_parameters()}
+    optimizer.step()
+    return grads
+
+
+def train(model, x, target):
+    """Gradients of the first of two steps, and the state after both; norms in eval, as their batches differ."""
+    optimizer = torch.optim.SGD(model.eval().parameters(), lr=0.1)
+    grads = step(model, optimizer, x, target)
+    step(model, optimizer, x, target)
+    return grads
+
+
+def worker(folder, rank):
+    """One process: trains on its share of the batch what it finds in the folder, and leaves its results there."""
+    os.environ['GLOO_SOCKET_IFNAME'] = 'lo' if sys.platform == 'linux' else 'lo0'
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=WORLD)
+    for path in sorted(folder.glob('*.job')):
+        job = torch.load(path, weights_only=True)
+        model = timm.create_model(**job['arguments'], dtype=torch.float64)
+        if rank == 0:
+            model.load_state_dict(job['state_dict'])  # the others get it from here
+        parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=False)
+        grads = train(parallel, job['x'].chunk(WORLD)[rank], job['target'].chunk(WORLD)[rank])
+        torch.save(dict(grads=grads, state_dict=model.state_dict()), path.with_suffix(f'.{rank}'))
+    torch.distributed.destroy_process_group()
+
+
+def run_workers(folder):
+    path = os.pathsep.join([str(Path(timm_gsa.__file__).parents[1]), os.environ.get('PYTHONPATH', '')])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(folder), str(rank)],
+            env={**os.environ, 'PYTHONPATH': path}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for rank in range(WORLD)
+    ]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * WORLD, '\n'.join(outputs)
+
+
+@pytest.fixture(scope='module')
+def trained(families, create, tmp_path_factory):
+    """What every process found for every model, beside what one process finds on the whole batch."""
+    folder, alone = tmp_path_factory.mktemp('ddp'), {}
+    for name, arguments in families.items():
+        model = create(name, num_classes=7, dtype=torch.float64)
+        x, target = torch.randn(4, 3, 64, 64, dtype=torch.float64), torch.arange(4)
+        torch.save(dict(
+            arguments=dict(arguments, model_name=name, num_classes=7),
+            state_dict=model.state_dict(), x=x, target=target,
+        ), folder / f'{name}.job')
+        alone[name] = dict(grads=train(model, x, target), state_dict=model.state_dict())
+    run_workers(folder)
+    return {
+        name: (alone[name], [torch.load(folder / f'{name}.{rank}', weights_only=True) for rank in range(WORLD)])
+        for name in families
+    }
+
+
+def test_gradients_are_those_of_the_joined_batch(name, trained):
+    alone, ranks = trained[name]
+    for rank in ranks:
+        assert [key for key, grad in rank['grads'].items() if grad is None] == []
+        for key, grad in alone['grads'].items():
+            torch.testing.assert_close(rank['grads'][key], grad, msg=lambda text, key=key: f'{key}: {text}')
+
+
+def test_processes_stay_equal(name, trained):
+    alone, ranks = trained[name]
+    for key, tensor in alone['state_dict'].items():
+        assert torch.equal(ranks[0]['state_dict'][key], ranks[1]['state_dict'][key]), key
+        torch.testing.assert_close(ranks[0]['state_dict'][key], tensor, msg=lambda text, key=key: f'{key}: {text}')
+
+
+@pytest.mark.parametrize(
+    'convert', [convert_sync_batchnorm, nn.SyncBatchNorm.convert_sync_batchnorm], ids=['timm', 'torch'])
+def test_batch_norms_become_synchronised_ones(name, create, convert):
+    model = create(name).eval()
+    norms = [key for key, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        before = model(x)
+        converted = convert(model)
+        torch.testing.assert_close(converted.eval()(x), before, rtol=0., atol=0.)
+    assert norms == [key for key, module in converted.named_modules() if isinstance(module, nn.SyncBatchNorm)]
+    assert len(norms) > 10 and not any(isinstance(module, nn.BatchNorm2d) for module in converted.modules())
+
+
+if __name__ == '__main__':
+    worker(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,72 @@
+"""Ways out of Python: torch.export, ONNX, TorchScript by script and by trace."""
+import io
+
+import pytest
+import torch
+from torch.export import Dim, export
+
+
+@pytest.fixture
+def model(name, create):
+    return create(name, num_classes=7).eval()
+
+
+def images(batch, height=64, width=64):
+    return torch.randn(batch, 3, height, width)
+
+
+def assert_same(model, other, *inputs):
+    with torch.no_grad():
+        for x in inputs:
+            torch.testing.assert_close(other(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('strict', [True, False], ids=['strict', 'not strict'])
+def test_export_with_dynamic_batch(model, strict):
+    batch = {'x': {0: Dim('batch', min=1, max=64)}}
+    program = export(model, (images(2),), strict=strict, dynamic_shapes=batch)
+    assert_same(model, program.module(), images(1), images(3))
+
+
+def test_exported_program_survives_a_file(model):
+    file = io.BytesIO()
+    torch.export.save(export(model, (images(2),), strict=False), file)
+    file.seek(0)
+    assert_same(model, torch.export.load(file).module(), images(2))
+
+
+def test_onnx_agrees_with_the_model(model, tmp_path):
+    """By way of torch.export, with the batch left open."""
+    for package in ('onnx', 'onnxscript'):
+        pytest.importorskip(package, reason='torch.onnx.export needs it')
+    onnxruntime = pytest.importorskip('onnxruntime', reason='runs the exported graph')
+    path = tmp_path / 'model.onnx'
+    torch.onnx.export(
+        model, (images(2),), path, dynamo=True, dynamic_shapes={'x': {0: Dim('batch', min=1, max=64)}}, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    [name] = [one.name for one in session.get_inputs()]
+    assert_same(model, lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0]), images(2), images(5))
+
+
+def test_script_runs_at_every_size(model):
+    scripted = torch.jit.script(model)
+    file = io.BytesIO()
+    torch.jit.save(scripted, file)
+    file.seek(0)
+    assert_same(model, torch.jit.load(file), images(2), images(1, 96, 80), images(3, 33, 47))
+
+
+def test_script_trains_alike(name, create):
+    model, other = (create(name, num_classes=7, dtype=torch.float64).train() for _ in range(2))
+    scripted = torch.jit.script(other)
+    x = images(4).double()
+    for each in (model, scripted):
+        each(x).square().sum().backward()
+    grads = dict(scripted.named_parameters())
+    for key, parameter in model.named_parameters():
+        torch.testing.assert_close(grads[key].grad, parameter.grad, msg=lambda text, key=key: f'{key}: {text}')
+
+
+def test_trace_keeps_the_size_it_saw(model):
+    traced = torch.jit.trace(model, images(2))
+    assert_same(model, traced, images(2), images(5))

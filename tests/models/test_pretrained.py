@@ -1,0 +1,55 @@
+"""The weights in the wheel: what they are recorded to be, and loadable in every way timm knows."""
+import hashlib
+import json
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from timm.data import create_transform, resolve_model_data_config
+
+WEIGHTS = files('timm_gsa') / 'weights'
+RESULTS = json.loads((WEIGHTS / 'c100.json').read_text())
+TINY = ['gsa_resnet_tiny', 'priorattn_resnet_tiny', 'san_tiny_pairwise', 'san_tiny_patchwise']
+
+
+@pytest.mark.parametrize('name', TINY)
+def test_recorded_file_is_the_one_shipped(name):
+    path = WEIGHTS / f'{name}.c100.safetensors'
+    recorded = RESULTS['models'][f'{name}.c100']
+    data = path.read_bytes()
+    assert (len(data), hashlib.sha256(data).hexdigest()) == (recorded['size'], recorded['sha256'])
+    assert recorded['images'] == 10000 and recorded['top1'] >= 50
+    assert RESULTS['recipe'] and RESULTS['dataset']['citation']
+
+
+def test_all_weights_stay_small():
+    assert sum(len(path.read_bytes()) for path in WEIGHTS.iterdir()) < 8e6
+
+
+@pytest.mark.parametrize('name', TINY)
+def test_pretrained_weights_load_without_network(name, monkeypatch):
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    assert timm.is_model_pretrained(name) and f'{name}.c100' in timm.list_pretrained(name)
+    model = timm.create_model(name, pretrained=True).eval()
+    assert model.num_classes == 100 and len(model.pretrained_cfg['label_names']) == 100
+    image = torch.randn(2, 3, 64, 64)
+    logits = model(image)
+    assert logits.std() > 0.3  # trained, not as initialised
+    torch.testing.assert_close(timm.create_model(f'{name}.c100', pretrained=True).eval()(image), logits)
+    features = timm.create_model(name, pretrained=True, features_only=True).eval()(image)
+    torch.testing.assert_close(features[-1], model.forward_features(image))
+    grey = timm.create_model(name, pretrained=True, in_chans=1, num_classes=7).eval()
+    torch.testing.assert_close(
+        grey.forward_features(image[:, :1]), model.forward_features(image[:, :1].expand(-1, 3, -1, -1)))
+
+
+@pytest.mark.parametrize('name', TINY)
+def test_trained_models_know_a_rocket(name):
+    from PIL import Image
+    model = timm.create_model(name, pretrained=True).eval()
+    transform = create_transform(**resolve_model_data_config(model))
+    with Image.open(Path(__file__).parents[2] / 'tools' / 'photos' / 'rocket.jpg') as photo:
+        best = model(transform(photo).unsqueeze(0)).topk(5).indices[0]
+    assert 'rocket' in [model.pretrained_cfg['label_names'][i] for i in best]

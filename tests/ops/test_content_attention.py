@@ -1,0 +1,108 @@
+"""Content attention against a loop over positions, and the cost its right-to-left product promises."""
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from timm_gsa.ops import content_attention, content_attention_reference
+
+SIZES = [(1, 1), (1, 6), (5, 3), (4, 4)]
+
+
+def tensors(height: int, width: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    """Query, key and value of two images, two heads, three key and four value channels."""
+    generator = torch.Generator().manual_seed(height * 10 + width)
+    shapes = [(2, 2, channels, height, width) for channels in (3, 3, 4)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def loops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The equation, one position and one neighbour at a time."""
+    batch, heads, channels, height, width = query.shape
+    positions = [(row, column) for row in range(height) for column in range(width)]
+    out = torch.zeros_like(value)
+    for b in range(batch):
+        for h in range(heads):
+            total = sum(key[b, h, :, r, c].exp() for r, c in positions)  # one sum for each key channel
+            for row, column in positions:
+                for r, c in positions:
+                    weight = key[b, h, :, r, c].exp() / total
+                    score = sum(query[b, h, k, row, column] * weight[k] for k in range(channels))
+                    out[b, h, :, row, column] += score * value[b, h, :, r, c]
+    return out
+
+
+def outputs_and_gradients(function, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    out = function(*inputs)
+    probe = torch.linspace(-1., 1., out.numel(), dtype=out.dtype).reshape(out.shape)
+    return [out, *torch.autograd.grad((out * probe).sum(), inputs)]
+
+
+@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize('function', [content_attention, content_attention_reference])
+def test_equals_loops_over_positions(function, size):
+    inputs = tensors(*size)
+    torch.testing.assert_close(
+        outputs_and_gradients(function, inputs), outputs_and_gradients(loops, inputs), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_equals_reference(dtype):
+    inputs = tensors(7, 9, dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    ours, theirs = (outputs_and_gradients(f, inputs) for f in (content_attention, content_attention_reference))
+    assert ours[0].dtype == dtype
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_takes_any_memory_layout():
+    query, key, value = tensors(4, 6)
+    expected = content_attention(query, key, value)
+    packed = torch.cat([query, key, value], dim=2).transpose(-1, -2).contiguous().transpose(-1, -2)
+    torch.testing.assert_close(content_attention(*packed.split([3, 3, 4], dim=2)), expected)
+
+
+def test_weights_of_a_key_channel_sum_to_one():
+    query, key, value = tensors(5, 7)
+    everything = content_attention(query, key, torch.ones_like(value))
+    torch.testing.assert_close(everything, query.sum(2, keepdim=True).expand_as(everything))
+
+
+def test_a_constant_on_a_key_channel_changes_nothing_however_large():
+    query, key, value = tensors(5, 7)
+    shift = torch.tensor([1e4, -1e4, 700.], dtype=key.dtype)[:, None, None]
+    torch.testing.assert_close(
+        content_attention(query, key + shift, value), content_attention(query, key, value), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_softmax_over_many_positions_keeps_half_precision_finite_and_close(dtype):
+    """4,096 positions with logits to 80 and more: exp would overflow float16 and its sum would stop growing."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, 8, 64, 64, generator=generator).to(dtype)
+    key = key * 20.
+    exact = content_attention(query.double(), key.double(), value.double())
+    ours = content_attention(query, key, value)
+    assert ours.dtype == dtype
+    error = (ours.double() - exact).norm() / exact.norm()
+    assert error < (1e-2 if dtype == torch.bfloat16 else 2e-3)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_even_weights_of_many_positions_survive_half_precision(dtype):
+    """1 / 4,096 for every position: a sum of 4,096 values in order would stop far short of it."""
+    value = torch.full((1, 1, 4, 64, 64), 1.5, dtype=dtype)
+    query = torch.ones_like(value)
+    ours = content_attention(query, torch.zeros_like(value), value)
+    torch.testing.assert_close(ours, torch.full_like(ours, 6.), rtol=1e-2, atol=0.)
+
+
+def test_cost_is_linear_in_the_number_of_positions():
+    def cost(side: int) -> int:
+        query, key, value = torch.empty(3, 1, 8, 16, side, side, device='meta')
+        with FlopCounterMode(display=False) as counter:
+            content_attention(query, key, value)
+        return counter.get_total_flops()
+
+    assert cost(28) == 2 * 2 * 8 * 28 ** 2 * 16 ** 2  # two products of d x d a head and position, two FLOPs each
+    assert cost(56) == 4 * cost(28)
