@@ -181,7 +181,7 @@ class SAN(ResNet):
                 if stage == 1:
                     del modules['pool']  # it is `maxpool`
                 modules['norm'] = norm_layer(dim, **dd)
-                modules['act'] = act_layer(inplace=True)
+                modules['act'] = act_layer()  # not in place: gradient checkpointing recomputes it on its own
                 setattr(self, f'layer{stage}', nn.Sequential(modules))
                 self.feature_info.append(dict(num_chs=dim, reduction=stride, module=f'layer{stage}'))
             previous = dim
