@@ -1,4 +1,4 @@
-"""The GSA layer against loops over positions in float64, at its own and at other sizes, and its tables in state dicts."""
+"""The GSA layer against loops over positions in float64, at its own and other sizes, and its tables in state dicts."""
 import copy
 import math
 
@@ -58,7 +58,8 @@ def loops(layer: GlobalSelfAttention, x: torch.Tensor) -> torch.Tensor:
             total = sum(part(1, b, h, p).exp() for p in positions)
             for p in positions:
                 query = part(0, b, h, p)
-                content[b, h, p] = sum((query * part(1, b, h, m).exp() / total).sum() * part(2, b, h, m) for m in positions)
+                content[b, h, p] = sum(
+                    (query * part(1, b, h, m).exp() / total).sum() * part(2, b, h, m) for m in positions)
                 columns[b, h, p] = sum(
                     (query * embedding(layer.rel_h, i - p[0], height)).sum() * part(2, b, h, (i, p[1]))
                     for i in range(height))

@@ -206,7 +206,7 @@ def test_a_network_inside_another_loads_the_authors_names(small: tuple[str, dict
 @pytest.mark.parametrize("loader", LOADERS)
 def test_a_file_of_the_authors_loads_whole(san10: tuple[str, Path], loader: Callable[..., nn.Module]) -> None:
     name, path = san10
-    assert not zipfile.is_zipfile(path)  # the format of every torch since 1.6
+    assert not zipfile.is_zipfile(path)  # what torch writes since 1.6
     assert_holds(loader(name, path), official_state(name))
 
 
