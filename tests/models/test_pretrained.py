@@ -41,8 +41,9 @@ def test_pretrained_weights_load_without_network(name, monkeypatch):
     features = timm.create_model(name, pretrained=True, features_only=True).eval()(image)
     torch.testing.assert_close(features[-1], model.forward_features(image))
     grey = timm.create_model(name, pretrained=True, in_chans=1, num_classes=7).eval()
-    torch.testing.assert_close(
-        grey.forward_features(image[:, :1]), model.forward_features(image[:, :1].expand(-1, 3, -1, -1)))
+    colour = model.forward_features(image[:, :1].expand(-1, 3, -1, -1))
+    error = grey.forward_features(image[:, :1]) - colour  # timm adds the channels' weights up in the file's own fp16
+    assert error.norm() < 5e-3 * colour.norm()
 
 
 @pytest.mark.parametrize('name', TINY)
