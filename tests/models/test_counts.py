@@ -158,7 +158,7 @@ def test_prior_attention_counts(name):
     assert round(flops(model) / 1e9, 2) == PRIOR[name][1]
 
 
-@pytest.mark.parametrize('name', PRIOR)
+@pytest.mark.parametrize('name', list(PRIOR)[:-1])  # the last is below
 def test_prior_attention_counts_with_the_dense_map(name, monkeypatch):
     monkeypatch.setattr(prior_attention, 'gaussian_attention', gaussian_attention_reference)
     model = create(name)
@@ -184,7 +184,9 @@ def test_prior_attention_saves_at_depth_152_what_the_paper_claims(monkeypatch):
     model = create('priorattn_resnet152')
     kinds = count(model)['Global']
     products = sum(value for kind, value in kinds.items() if kind in ('aten.mm', 'aten.bmm'))
-    gflops = (sum(kinds.values()) - products / 2) / 1e9
+    dense = sum(kinds.values()) / 1e9
+    gflops = dense - products / 2 / 1e9
+    assert round(dense, 2) == PRIOR['priorattn_resnet152'][2]
     assert round(gflops, 2) == 22.19
     assert 1 - parameters(model) / 61.6e6 == pytest.approx(0.064, abs=5e-4)
     assert 1 - gflops / 23.8 == pytest.approx(0.067, abs=1e-3)

@@ -25,9 +25,9 @@ SCALE = 1024.  # of the loss, as a GradScaler's, so that float16 gradients do no
 
 @functools.cache
 def images() -> torch.Tensor:
-    """Eight smooth pictures with the statistics of normalised photographs."""
+    """Four smooth pictures with the statistics of normalised photographs."""
     generator = torch.Generator().manual_seed(0)
-    coarse, fine = (torch.randn(8, 3, side, side, generator=generator) for side in (5, 32))
+    coarse, fine = (torch.randn(4, 3, side, side, generator=generator) for side in (5, 32))
     x = F.interpolate(coarse, 64, mode='bicubic') + 0.3 * F.interpolate(fine, 64, mode='bilinear')
     return (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), keepdim=True)
 
@@ -61,7 +61,7 @@ def results(module: nn.Module, x: torch.Tensor, **autocast) -> tuple[torch.Tenso
     with torch.autocast('cpu', **autocast):
         out = module(x)
         if out.ndim == 2:
-            loss = F.cross_entropy(out.float(), torch.arange(8))
+            loss = F.cross_entropy(out.float(), torch.arange(4))
         else:
             loss = (out.float() * torch.linspace(-1., 1., out.numel()).reshape(out.shape)).mean()
     (loss * SCALE).backward()
@@ -99,7 +99,7 @@ MODES = pytest.mark.parametrize('autocast', [True, False], ids=['autocast', 'own
 @pytest.mark.parametrize('name', NAMES)
 def test_models_are_finite_and_close_to_float32(name, training, autocast, dtype):
     ours = half_results(prototype(name).train(training), images(), dtype, autocast)
-    tolerances = (0.08, 0.35) if dtype == torch.bfloat16 else (0.01, 0.08)
+    tolerances = (0.1, 0.35) if dtype == torch.bfloat16 else (0.0125, 0.08)
     assert_close(ours, float32_results(name, training), tolerances)
 
 
@@ -116,7 +116,7 @@ def test_models_as_they_are_created_are_finite(name, dtype):
 @pytest.mark.parametrize('name', LAYERS)
 def test_layers_are_close_to_float32(name, autocast, dtype):
     torch.manual_seed(0)
-    layer, x = LAYERS[name](), torch.randn(8, 64, 14, 14)
+    layer, x = LAYERS[name](), torch.randn(4, 64, 14, 14)
     ours = half_results(layer, x, dtype, autocast)
     tolerances = (0.02, 0.03) if dtype == torch.bfloat16 else (0.0025, 0.004)
     assert_close(ours, results(layer, x, enabled=False), tolerances)
