@@ -86,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--split', required=True, help='its split, as timm names it: a folder or a tar')
     parser.add_argument('--baseline', metavar='NAME', help='measure this timm model instead, keep no weights')
     parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='arguments of the baseline')
+    parser.add_argument('--note', help='what sets this run apart from the recipe')
     args = parser.parse_args(argv)
 
     arch, _, tag = args.entry.partition('.')
@@ -111,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         **kept,
         'trained_with': {'timm': timm.__version__, 'torch': torch.__version__.partition('+')[0]},
     }
+    if args.note:
+        result['note'] = args.note
     record(results, name, result)
     print(json.dumps({name: result}, indent=2))
 

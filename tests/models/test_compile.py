@@ -60,19 +60,18 @@ def test_compiled_gradients_are_those_of_eager_mode(name, create, training):
         torch.testing.assert_close(other_buffer, buffer, msg=lambda text, key=key: f'{key}: {text}')
 
 
-@pytest.mark.parametrize('dynamic', [True, None], ids=['dynamic', 'automatic'])
-def test_few_graphs_serve_all_sizes(name, create, dynamic):
+def test_few_graphs_serve_all_sizes(name, create):
+    """One for the first shape, one for other sizes, one for other batches, whether a map is larger than K or not."""
     model = create(name).eval()
     counter = CompileCounter()
-    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
     counts = []
     with torch.no_grad():
-        for size in ((2, 64, 64), (2, 96, 80), (3, 128, 96), (4, 80, 112), (2, 160, 128)):
+        for size in ((2, 64, 64), (2, 96, 80), (3, 128, 96), (2, 160, 128)):
             x = torch.randn(size[0], 3, *size[1:])
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
             counts.append(counter.frame_count)
-    assert counts[-1] <= 4, counts
-    assert counts[-1] == counts[-2], counts
+    assert counts[-1] <= 3, counts
 
 
 @pytest.mark.slow

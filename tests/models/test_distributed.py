@@ -29,7 +29,7 @@ def step(model, optimizer, x, target):
 
 def train(model, x, target):
     """Gradients of the first of two steps, and the state after both; norms in eval, as their batches differ."""
-    optimizer = torch.optim.SGD(model.eval().parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.eval().parameters(), lr=1e-3)
     grads = step(model, optimizer, x, target)
     step(model, optimizer, x, target)
     return grads

@@ -67,6 +67,7 @@ def test_script_trains_alike(name, create):
         torch.testing.assert_close(grads[key].grad, parameter.grad, msg=lambda text, key=key: f'{key}: {text}')
 
 
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')  # that sizes become constants, as the name says
 def test_trace_keeps_the_size_it_saw(model):
     traced = torch.jit.trace(model, images(2))
     assert_same(model, traced, images(2), images(5))

@@ -77,4 +77,10 @@ def windows(padded: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tens
     # Unfolded by the size of the window, not of the map, which would tie an exported program to one size.
     span = dilation * (kernel_size - 1) + 1
     view = padded.unfold(-2, span, 1).unfold(-2, span, 1)[..., ::dilation, ::dilation]
-    return view.movedim((-2, -1), (-4, -3))
+    view = view.movedim((-2, -1), (-4, -3))
+    if not torch.jit.is_scripting():
+        if torch.compiler.is_compiling():
+            # Free, as the compiler fuses it. Without it torch compares K with the size of the map to choose a memory
+            # layout, and compiles anew for smaller maps.
+            view = view.clone(memory_format=torch.contiguous_format)
+    return view
