@@ -48,13 +48,12 @@ def table() -> str:
         measured = results.get(f'{name}.c100')
         size = timm.get_pretrained_cfg(name).input_size[-1]
         rows.append(_row(f'`{name}`', size, cost, PAPER.get(name, ''), measured))
-    baseline = results.get('baseline')
-    if baseline:
-        size = timm.get_pretrained_cfg('gsa_resnet_tiny').input_size[-1]
-        cost = parameters_and_multiply_adds(
-            baseline['model'], num_classes=100, pretrained_cfg_overlay=dict(input_size=(3, size, size)),
-            **baseline['model_kwargs'])
-        rows.append(_row('timm ResNet of the shape of `gsa_resnet_tiny`', size, cost, '', baseline))
+    baseline = results['baseline']
+    size = timm.get_pretrained_cfg('gsa_resnet_tiny').input_size[-1]
+    cost = parameters_and_multiply_adds(
+        baseline['model'], num_classes=100, pretrained_cfg_overlay=dict(input_size=(3, size, size)),
+        **baseline['model_kwargs'])
+    rows.append(_row('timm ResNet of the shape of `gsa_resnet_tiny`', size, cost, '', baseline))
     return '\n'.join(rows)
 
 

@@ -1,0 +1,68 @@
+"""Packing a checkpoint of timm's train.py: what is kept of it, what is measured and recorded."""
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+TOOL = Path(__file__).parents[2] / 'tools' / 'pack_weights.py'
+
+
+@pytest.fixture
+def tool(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location('pack_weights', TOOL)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, 'pack_weights', module)
+    spec.loader.exec_module(module)
+    (tmp_path / 'weights').mkdir()
+    monkeypatch.setattr(module, 'WEIGHTS', tmp_path / 'weights')
+    return module
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A data set of three classes with two images each, as a folder."""
+    for label in 'abc':
+        (tmp_path / 'data' / 'val' / label).mkdir(parents=True)
+        for number in range(2):
+            Image.new('RGB', (64, 64), (40 * number, 90, 10)).save(tmp_path / 'data' / 'val' / label / f'{number}.png')
+    return tmp_path / 'data'
+
+
+def test_packed_file_holds_matrices_in_half_precision_and_all_else_as_it_is(tool, tmp_path):
+    state = timm.create_model('gsa_resnet_tiny').state_dict()
+    tool.pack(state, tmp_path / 'x.safetensors')
+    packed = load_file(tmp_path / 'x.safetensors')
+    assert packed.keys() == state.keys()
+    for key, tensor in state.items():
+        kept = tensor.half() if tensor.ndim > 1 else tensor
+        assert packed[key].dtype == kept.dtype and torch.equal(packed[key], kept), key
+    assert [path.name for path in tmp_path.glob('*x.safetensors*')] == ['x.safetensors']
+
+
+def test_baseline_is_measured_and_recorded_without_its_weights(tool, images, tmp_path, capsys):
+    arguments = dict(layers=(1, 1, 1, 1), channels=(8, 8, 8, 8), stem_width=8)
+    model = timm.create_model('resnet26', num_classes=100, **arguments)
+    with torch.no_grad():
+        model.fc.weight.zero_()
+        model.fc.bias.copy_(torch.arange(100) == 1)  # always the second class
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'best.pth.tar')
+    (tmp_path / 'weights' / 'c100.json').write_text('{"recipe": {}, "models": {"other": {}}}')
+    tool.main([
+        str(tmp_path / 'best.pth.tar'), 'gsa_resnet_tiny.c100', '--data-dir', str(images), '--split', 'val',
+        '--note', 'cut off', '--baseline', 'resnet26',
+        '--model-kwargs', *(f'{key}={value}'.replace(' ', '') for key, value in arguments.items()),
+    ])
+    assert [path.name for path in (tmp_path / 'weights').iterdir()] == ['c100.json']
+    results = json.loads((tmp_path / 'weights' / 'c100.json').read_text())
+    assert list(results) == ['recipe', 'models'] and list(results['models']) == ['other', 'baseline']
+    baseline = results['models']['baseline']
+    assert (baseline['images'], baseline['top1']) == (6, 33.33)
+    assert (baseline['model'], baseline['note']) == ('resnet26', 'cut off')
+    assert baseline['parameters'] == sum(p.numel() for p in model.parameters())
+    assert json.loads(capsys.readouterr().out) == {'baseline': baseline}
