@@ -8,6 +8,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models._builder import resolve_pretrained_cfg
 
 from ._cifar100 import CIFAR100_LABELS, CIFAR100_MEAN, CIFAR100_STD
+from ._weights import checked, fetch_weights, hub_id
 
 __all__ = ['cifar100_cfg', 'create_from_zoo', 'default_cfg', 'zoo_cfgs']
 
@@ -28,9 +29,12 @@ def default_cfg(**kwargs: Any) -> dict[str, Any]:
 
 
 def cifar100_cfg(name: str, **kwargs: Any) -> dict[str, Any]:
-    """Pretrained config of the entry `name` (arch.tag), trained on CIFAR-100 at 64 px and shipped in the wheel."""
+    """Pretrained config of the entry `name` (arch.tag), trained on CIFAR-100 at 64 px and shipped in the wheel.
+
+    timm takes the file; the same bytes from the Hub load with `pretrained_cfg_overlay=dict(file=None)`.
+    """
     return default_cfg(
-        file=str(files('timm_gsa') / 'weights' / f'{name}.safetensors'),
+        file=str(files('timm_gsa') / 'weights' / f'{name}.safetensors'), hf_hub_id=hub_id(name),
         num_classes=100, input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=1.0, interpolation='bilinear',
         mean=CIFAR100_MEAN, std=CIFAR100_STD, label_names=CIFAR100_LABELS,
         **kwargs,
@@ -50,7 +54,7 @@ def create_from_zoo(
         advice: str = 'Use pretrained=False for random initialisation.',
         **kwargs: Any,
 ) -> ModelT:
-    """timm's `build_model_with_cfg`, with an error for missing weights that names the entries which have some.
+    """timm's `build_model_with_cfg`, with weights checked, and an error that names the entries which have some.
 
     Args:
         model_cls: Class of the model.
@@ -60,7 +64,9 @@ def create_from_zoo(
         **kwargs: Passed on to timm.
 
     Raises:
-        RuntimeError: `pretrained` is set and the config names no source of weights.
+        RuntimeError: `pretrained` is set and the config names no source of weights, or the weights are damaged or do not
+            fit.
+        huggingface_hub.errors.HfHubHTTPError, LocalEntryNotFoundError: The Hub does not give them.
     """
     if pretrained:
         cfg = resolve_pretrained_cfg(
@@ -73,4 +79,7 @@ def create_from_zoo(
                 f'No pretrained weights are published for {variant}; '
                 f'of this zoo, {", ".join(sorted(_PRETRAINED))} have some. {advice}'
             )
-    return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
+        if cfg.source == 'hf-hub' or (cfg.hf_hub_id and not (cfg.state_dict or cfg.file or cfg.source)):
+            fetch_weights(cfg.hf_hub_id, variant, cache_dir=kwargs.get('cache_dir'))
+    filter_fn = checked(kwargs.pop('pretrained_filter_fn', None))
+    return build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=filter_fn, **kwargs)
