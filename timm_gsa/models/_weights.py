@@ -7,14 +7,12 @@ here stand before and inside timm's own loading; what they let pass, timm loads.
 import functools
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn as nn
 from huggingface_hub import hf_hub_download
 

@@ -64,8 +64,8 @@ def create_from_zoo(
         **kwargs: Passed on to timm.
 
     Raises:
-        RuntimeError: `pretrained` is set and the config names no source of weights, or the weights are damaged or do not
-            fit.
+        RuntimeError: `pretrained` is set and the config names no source of weights, or the weights are damaged or do
+            not fit.
         huggingface_hub.errors.HfHubHTTPError, LocalEntryNotFoundError: The Hub does not give them.
     """
     if pretrained:

@@ -1,0 +1,253 @@
+"""Turn a checkpoint of the SAN authors' training script into a folder that timm loads and the Hub takes.
+
+    python tools/convert_san.py model_best.pth --model san10_pairwise --out san10_pairwise.in1k --verify
+
+writes model.safetensors, the weights under our names, and config.json into a new folder, which
+`timm.create_model('local-dir:san10_pairwise.in1k', pretrained=True)` loads. No code of the checkpoint's pickle is run;
+it must hold exactly the network's tensors, and where anything is wrong, nothing is left behind.
+"""
+import argparse
+import hashlib
+import json
+import os
+import pickle
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from timm.models._hub import save_config_for_hf
+
+import timm_gsa  # noqa: F401  registers the models where autoload is switched off
+from timm_gsa.models.san import _OFFICIAL_BLOCK_NAMES, SANBlock, _our_name, checkpoint_filter_fn
+
+# The networks that the authors trained.
+MODELS = tuple(f'san{depth}_{kind}' for depth in (10, 15, 19) for kind in ('pairwise', 'patchwise'))
+TAG = 'in1k'
+LISTED = 20  # names of each kind of problem
+
+
+class ConversionError(Exception):
+    """What is wrong, for the user."""
+
+
+def official_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What the authors' state dict of a network holds: tensors of `model` under their names."""
+    ours = dict(model.state_dict())
+    blocks = [(name, block) for name, block in model.named_modules() if isinstance(block, SANBlock)]
+    for name, block in blocks:
+        sizes = [block.attn.dim_key, block.attn.dim_key, block.attn.dim_out]
+        for leaf in ('weight', 'bias'):
+            parts = ours.pop(f'{name}.attn.qkv.{leaf}').split(sizes)
+            ours.update({
+                f'{name}.attn.{part}.{leaf}': tensor
+                for part, tensor in zip(('query', 'key', 'value'), parts, strict=True)
+            })
+    modules = ['conv_in', 'bn_in', 'fc']
+    for stage in range(5):
+        modules += [f'conv{stage}', f'bn{stage}']
+        modules += [
+            f'layer{stage}.{block}.{part}' for block in range(len(blocks)) for part in (*_OFFICIAL_BLOCK_NAMES, 'conv')]
+    leaves = dict.fromkeys(name.rpartition('.')[2] for name in ours)
+    names = [f'{module}.{leaf}' for module in modules for leaf in leaves]
+    return {name: ours[_our_name(name)] for name in names if _our_name(name) in ours}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """State dict of a checkpoint, without the prefix of the authors' wrapper.
+
+    Raises:
+        ConversionError: There is no such file, it is no checkpoint, or its pickle asks for more than tensors.
+    """
+    try:
+        with path.open('rb') as file:
+            zipped = file.read(4) == b'PK\x03\x04'  # the format since torch 1.6, the only one that can be mapped
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            checkpoint = torch.load(str(path), map_location='cpu', weights_only=True, mmap=zipped)
+    except OSError as error:
+        raise ConversionError(error.strerror or str(error)) from error
+    except Exception as error:  # torch's readers stumble over damaged files in all kinds of ways
+        raise ConversionError(_reason(error)) from error
+    state = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else checkpoint
+    if not isinstance(state, dict):
+        raise ConversionError(f'holds an object of type {type(state).__name__}, not a state dict')
+    if not state or not all(isinstance(name, str) for name in state):
+        raise ConversionError('holds no state dict: there are no names of tensors')
+    if all(name.startswith('module.') for name in state):
+        state = {name.removeprefix('module.'): value for name, value in state.items()}
+    return dict(state)
+
+
+def _reason(error: Exception) -> str:
+    """Why torch could not read a file, in one line; its own advice is to switch the protection off."""
+    text = str(error)
+    if isinstance(error, pickle.UnpicklingError):
+        name = re.search(r'GLOBAL (\S+)', text)
+        return f'refused, since its pickle asks for {name[1]}' if name else 'no checkpoint of torch, or a damaged one'
+    return f'no checkpoint of torch, or a damaged one ({text.partition(chr(10))[0].partition(". ")[0] or repr(error)})'
+
+
+def check(state: dict[str, Any], model: nn.Module) -> None:
+    """Compare a state dict of the authors' names with what `model` needs.
+
+    Raises:
+        ConversionError: It holds something else; with the names.
+    """
+    wanted = official_tensors(model)
+    problems: dict[str, list[str]] = {
+        'missing': [name for name in wanted if name not in state],
+        'unexpected': [name for name in state if name not in wanted],
+        'of another shape': [],
+        'no tensor of the right type': [],
+        'not finite': [],
+    }
+    for name, value in state.items():
+        if name not in wanted:
+            continue
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != 'cpu':
+            problems['no tensor of the right type'].append(name)
+        elif value.dtype != wanted[name].dtype:
+            problems['no tensor of the right type'].append(f'{name}: {value.dtype}, not {wanted[name].dtype}')
+        elif value.shape != wanted[name].shape:
+            problems['of another shape'].append(f'{name}: {tuple(value.shape)}, not {tuple(wanted[name].shape)}')
+        elif value.is_floating_point() and not value.isfinite().all():
+            problems['not finite'].append(name)
+    lines = []
+    for kind, names in problems.items():
+        if names:
+            lines.append(f'{len(names)} {kind}:')
+            lines += [f'  {name}' for name in names[:LISTED]]
+            if len(names) > LISTED:
+                lines.append(f'  and {len(names) - LISTED} more')
+    if lines:
+        raise ConversionError('\n'.join([f'does not hold the weights asked for{_whose(state)}', *lines]))
+
+
+def _whose(state: dict[str, Any]) -> str:
+    """Remark on which network a state dict belongs to; nothing where it is none, or differs in more than that."""
+    shapes = {name: getattr(value, 'shape', None) for name, value in state.items()}
+    for name in MODELS:
+        model = timm.create_model(name, device='meta')
+        if shapes == {key: tensor.shape for key, tensor in official_tensors(model).items()}:
+            return f'; its names and shapes are those of {name}'
+        if state.keys() == model.state_dict().keys():
+            return "; its names are those of this package, not the authors'"
+    return ''
+
+
+def write(state: dict[str, torch.Tensor], model: nn.Module, folder: Path) -> None:
+    """Write the authors' weights under our names, and the config of their entry; `state` is emptied."""
+    tensors = checkpoint_filter_fn(state, model)
+    state.clear()
+    seen: set[int] = set()
+    for name, tensor in tensors.items():  # safetensors takes neither views nor one tensor under two names
+        storage = tensor.untyped_storage()
+        if storage.nbytes() != tensor.nbytes or storage.data_ptr() in seen or not tensor.is_contiguous():
+            tensors[name] = tensor.clone(memory_format=torch.contiguous_format)
+        seen.add(storage.data_ptr())
+    weights, config = folder / 'model.safetensors', folder / 'config.json'
+    save_file(tensors, weights, metadata={'format': 'pt'})
+    save_config_for_hf(model, str(config), model_config={'pretrained_cfg': {'tag': TAG}})
+    content = json.loads(config.read_text())
+    content.pop('model_args', None)  # with them, transformers passes the number of classes twice
+    config.write_text(json.dumps(content, indent=2))
+    for path in (weights, config):
+        path.chmod(0o644)
+
+
+@torch.inference_mode()
+def difference(checkpoint: Path, name: str, folder: Path) -> float:
+    """Largest absolute difference of the logits of a fixed input, by the checkpoint itself and by the folder."""
+    logits = []
+    for source, overlay in ((name, {'file': str(checkpoint)}), (f'local-dir:{folder}', {})):
+        model = timm.create_model(source, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+        size = model.pretrained_cfg['input_size']
+        logits.append(model(torch.randn(1, *size, generator=torch.Generator().manual_seed(0))))
+    return (logits[0] - logits[1]).abs().max().item()
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open('rb') as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def convert(checkpoint: Path, name: str, out: Path, verify: bool = False) -> None:
+    """Convert a checkpoint of the authors into the folder `out`, which must be new or empty.
+
+    Raises:
+        ConversionError: The checkpoint is not that of the network, or `verify` found a difference.
+        OSError, SafetensorError: The folder could not be written.
+    """
+    model = timm.create_model(name, device='meta')
+    state = read(checkpoint)
+    check(state, model)
+    print(f'read {checkpoint}: {len(state)} tensors of {name}', flush=True)
+    with tempfile.TemporaryDirectory(prefix=f'.{out.name}.', dir=out.parent) as temporary:
+        folder = Path(temporary) / out.name  # a folder of its own, as the outer one is for its owner only
+        folder.mkdir()
+        write(state, model, folder)
+        if verify:
+            largest = difference(checkpoint, name, folder)
+            if largest != 0.:
+                raise ConversionError(f'largest difference of the logits after conversion {largest}, should be 0.0')
+            print(f'verified: largest difference of the logits after conversion {largest}', flush=True)
+        weights = folder / 'model.safetensors'
+        size, digest = weights.stat().st_size, sha256(weights)
+        os.replace(folder, out)
+    print(f'wrote {out}: {weights.name} of {size} bytes, sha256 {digest}')
+
+
+def _printable(text: str) -> str:
+    """Text without what a terminal would obey, as names in a checkpoint are anyone's."""
+    return ''.join(c if c.isprintable() or c == '\n' else ascii(c)[1:-1] for c in text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Convert the checkpoint of a command line.
+
+    Returns:
+        Exit status: 0, or 1 where it could not be converted.
+    """
+    parser = argparse.ArgumentParser(description=(__doc__ or '').partition('\n')[0])
+    parser.add_argument('checkpoint', metavar='CHECKPOINT', type=Path, help="the authors' file, such as model_best.pth")
+    parser.add_argument('--model', required=True, choices=MODELS, help='the network it holds')
+    parser.add_argument('--out', required=True, metavar='DIR', type=Path, help='folder to write, new or empty')
+    parser.add_argument('--verify', action='store_true', help='compare logits before and after; takes more memory')
+    args = parser.parse_args(argv)
+    out = args.out.resolve()
+    try:
+        if out.is_dir() and (any(out.iterdir()) or out == Path.cwd()):
+            parser.error(f'argument --out: {args.out} is not an empty folder of its own')
+        if out.exists() and not out.is_dir():
+            parser.error(f'argument --out: {args.out} is no folder')
+        if not out.parent.is_dir():
+            parser.error(f'argument --out: there is no folder {args.out.parent} to write it into')
+    except OSError as error:
+        parser.error(f'argument --out: {args.out}: {error.strerror}')
+
+    try:
+        convert(args.checkpoint, args.model, out, args.verify)
+    except ConversionError as error:
+        print(_printable(f'{args.checkpoint}: not converted: {error}'), file=sys.stderr)
+        return 1
+    except (OSError, SafetensorError) as error:
+        print(f'{args.out}: not written: {getattr(error, "strerror", None) or error}', file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())
