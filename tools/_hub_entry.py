@@ -154,6 +154,21 @@ class Entry:
         for name, data in {**files, 'entry.yaml': self.yaml(files).encode()}.items():
             write_atomically(self.folder / name, data)
 
+    def export(self, folder: Path) -> None:
+        """Write the whole repository, weights included, into a new folder.
+
+        Raises:
+            EntryError: The folder exists already.
+        """
+        if folder.exists():
+            raise EntryError(f'{folder} exists already')
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix='.') as temporary:
+            whole = Path(temporary) / self.name
+            for name, data in {**self.files(), WEIGHTS_NAME: self.weights.read_bytes()}.items():
+                write_atomically(whole / name, data)
+            whole.rename(folder)
+
     def pin(self, revision: str | None) -> None:
         """Record the commit of the published repository, and write the folder anew."""
         self.record.pop('revision', None)

@@ -1,14 +1,16 @@
-"""Make, check or pin the entries in hub_configs/ from the registry and the recorded results.
+"""Make, check, pin or export the entries in hub_configs/ from the registry and the recorded results.
 
     python tools/hub_configs.py check              # exit 1 where a folder is not what the registry gives
     python tools/hub_configs.py build              # write the folders anew
     python tools/hub_configs.py pin ENTRY COMMIT   # record the commit that tools/publish.py printed
+    python tools/hub_configs.py export DIR         # write whole repositories, weights included, for tools/serve_hub.py
 """
 from __future__ import annotations
 
 import argparse
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from _hub_entry import CONFIGS, Entry, EntryError, all_entries
 
@@ -23,11 +25,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = commands.add_parser('pin', help='record the commit of a published entry')
     command.add_argument('entry', metavar='ENTRY')
     command.add_argument('revision', metavar='COMMIT', help='40 hexadecimal digits')
+    command = commands.add_parser('export', help='write whole repositories')
+    command.add_argument('dir', metavar='DIR', type=Path, help='gets a folder for each entry')
+    command.add_argument('entries', nargs='*', metavar='ENTRY', help='arch.tag; all where none is given')
     args = parser.parse_args(argv)
     if args.command == 'pin' and not re.fullmatch('[0-9a-f]{40}', args.revision):
         parser.error(f'COMMIT must be 40 hexadecimal digits, got {args.revision!r}')
     try:
         entries = [Entry(name) for name in ([args.entry] if args.command == 'pin' else args.entries or all_entries())]
+        if args.command == 'export':
+            for entry in entries:
+                entry.export(args.dir / entry.name)
     except EntryError as error:
         parser.error(str(error))
 

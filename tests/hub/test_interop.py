@@ -1,0 +1,107 @@
+"""Other ways to the entries: timm's name prefixes, snapshots of huggingface_hub, transformers' wrapper around timm."""
+import json
+import os
+import subprocess
+import sys
+import threading
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ENTRY = 'san_tiny_pairwise.c100'
+
+SCRIPT = """
+import json
+from pathlib import Path
+import timm
+import torch
+from PIL import Image
+import timm_gsa  # nothing is installed here that would register the models
+{body}
+print(json.dumps(result))
+"""
+
+
+@pytest.fixture(scope='module')
+def repositories(tmp_path_factory):
+    """A folder with whole repositories of the entries, as for a lab without network."""
+    folder = tmp_path_factory.mktemp('repositories')
+    tool = ROOT / 'tools' / 'hub_configs.py'
+    subprocess.run([sys.executable, str(tool), 'export', str(folder), ENTRY], check=True, timeout=300)
+    assert sorted(p.relative_to(folder / ENTRY).as_posix() for p in folder.rglob('*.*') if p.is_file()) == [
+        'README.md', 'config.json', 'model.safetensors', 'test/rand_tensors.safetensors']
+    return folder
+
+
+@pytest.fixture(scope='module')
+def endpoint(repositories):
+    sys.path.insert(0, str(ROOT / 'tools'))
+    try:
+        serve_hub = import_module('serve_hub')
+    finally:
+        sys.path.pop(0)
+    with serve_hub.HubServer(serve_hub.entries(repositories, 'timm-gsa')) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server.endpoint
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def run(endpoint, tmp_path):
+    """Runs code in a fresh process that knows only the loopback Hub; returns what it leaves in `result`."""
+    def run(body):
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(('HF_', 'HUGGING'))}
+        environment |= dict(
+            HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path / 'hf'), HF_HUB_DISABLE_TELEMETRY='1', PYTHONPATH=str(ROOT))
+        done = subprocess.run(
+            [sys.executable, '-c', SCRIPT.format(body=body)], env=environment, cwd=tmp_path,
+            capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+    return run
+
+
+def test_timm_finds_the_entry_by_both_prefixes_and_its_config(run, repositories):
+    result = run(f"""
+x = torch.randn(1, 3, 64, 64)
+own, hub, local = (
+    timm.create_model(name, pretrained=True).eval()
+    for name in ('{ENTRY}', 'hf-hub:timm-gsa/{ENTRY}', 'local-dir:{repositories / ENTRY}'))
+cfg, name, args = timm.models.load_model_config_from_hf('timm-gsa/{ENTRY}')
+result = [torch.equal(own(x), hub(x)), torch.equal(own(x), local(x)), name, args, cfg['label_names'][69]]
+""")
+    assert result == [True, True, 'san_tiny_pairwise', {}, 'rocket']
+
+
+def test_snapshot_is_the_repository(run, repositories):
+    result = run(f"""
+from huggingface_hub import snapshot_download
+folder = Path(snapshot_download('timm-gsa/{ENTRY}'))
+result = {{p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob('*') if p.is_file()}}
+""")
+    assert result == {
+        p.relative_to(repositories / ENTRY).as_posix(): p.stat().st_size
+        for p in (repositories / ENTRY).rglob('*') if p.is_file()}
+
+
+@pytest.mark.interop
+def test_transformers_classifies_with_the_entry(run):
+    pytest.importorskip('transformers', reason='the code base this is about')
+    photo = ROOT / 'tools' / 'photos' / 'rocket.jpg'
+    logits, own, best = run(f"""
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+photo = Image.open({str(photo)!r}).convert('RGB')
+model = AutoModelForImageClassification.from_pretrained('timm-gsa/{ENTRY}').eval()
+pixels = AutoImageProcessor.from_pretrained('timm-gsa/{ENTRY}')(photo, return_tensors='pt')['pixel_values']
+own = timm.create_model('{ENTRY}', pretrained=True).eval()
+with torch.no_grad():
+    result = [model(pixels).logits[0].tolist(), own(pixels)[0].tolist()]
+classify = pipeline('image-classification', 'timm-gsa/{ENTRY}')
+result.append([each['label'] for each in classify(photo)])
+""")
+    assert logits == pytest.approx(own, abs=1e-5)
+    assert 'rocket' in best
