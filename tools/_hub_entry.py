@@ -6,6 +6,7 @@ input with what the model makes of it, as timm's own repositories have it), and 
 """
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
@@ -82,18 +83,18 @@ class Entry:
         packaged = PACKAGED / f'{self.name}.safetensors'
         return packaged if packaged.is_file() else self.folder / WEIGHTS_NAME
 
-    def create(self) -> Any:
+    @functools.cached_property
+    def model(self) -> Any:
         """The model with the entry's weights, in eval mode, loaded strictly by timm."""
         overlay = dict(file=str(self.weights))
         return timm.create_model(self.name, pretrained=True, pretrained_cfg_overlay=overlay).eval()
 
     def files(self, organization: str = ORGANIZATION) -> dict[str, bytes]:
         """All files of the repository but the weights, by name."""
-        model = self.create()
         return {
-            'config.json': self._config(model),
-            'README.md': self._card(model, organization).encode(),
-            TENSORS: save(outputs(model, fixed_input(model)), metadata={'format': 'pt'}),
+            'config.json': self._config(),
+            'README.md': self._card(organization).encode(),
+            TENSORS: save(outputs(self.model, fixed_input(self.model)), metadata={'format': 'pt'}),
         }
 
     def yaml(self, files: dict[str, bytes]) -> str:
@@ -177,19 +178,20 @@ class Entry:
         write_atomically(self.results_path, (json.dumps(self.results, indent=2) + '\n').encode())
         write_atomically(self.folder / 'entry.yaml', self.yaml(self.files()).encode())
 
-    def _config(self, model: Any) -> bytes:
+    def _config(self) -> bytes:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / 'config.json'
-            save_config_for_hf(model, str(path), model_config=dict(label_names=model.pretrained_cfg['label_names']))
+            save_config_for_hf(
+                self.model, str(path), model_config=dict(label_names=self.model.pretrained_cfg['label_names']))
             config = json.loads(path.read_text(encoding='utf-8'))
         config.pop('model_args', None)  # transformers passes num_classes twice where it stands
         config['pretrained_cfg'].pop('label_names', None)  # stands above
         return (json.dumps(config, indent=2) + '\n').encode()
 
-    def _card(self, model: Any, organization: str) -> str:
+    def _card(self, organization: str) -> str:
         cfg, record, dataset = timm.get_pretrained_cfg(self.name), self.record, self.results['dataset']
         family = next(family for family in CITATIONS if self.arch.startswith(family))
-        _, *provenance = (inspect.getdoc(sys.modules[type(model).__module__]) or '').split('\n\n')
+        _, *provenance = (inspect.getdoc(sys.modules[type(self.model).__module__]) or '').split('\n\n')
         metrics = [
             dict(type='accuracy', name=f'Top-{k}', value=record[f'top{k}']) for k in (1, 5)]
         front = dict(
@@ -216,7 +218,7 @@ class Entry:
             size=cfg.input_size[1],
             paper=f'https://arxiv.org/abs/{cfg.paper_ids.removeprefix("arXiv:")}',
             classes=cfg.num_classes,
-            features=model.num_features,
+            features=self.model.num_features,
             sha256=record['sha256'],
             top1=record['top1'],
             top5=record['top5'],

@@ -70,11 +70,12 @@ def read(path: Path) -> dict[str, Any]:
     try:
         with path.open('rb') as file:
             zipped = file.read(4) == b'PK\x03\x04'  # the format since torch 1.6, the only one that can be mapped
+    except OSError as error:
+        raise ConversionError(error.strerror or str(error)) from error
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             checkpoint = torch.load(str(path), map_location='cpu', weights_only=True, mmap=zipped)
-    except OSError as error:
-        raise ConversionError(error.strerror or str(error)) from error
     except Exception as error:  # torch's readers stumble over damaged files in all kinds of ways
         raise ConversionError(_reason(error)) from error
     state = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else checkpoint
@@ -164,15 +165,17 @@ def write(state: dict[str, torch.Tensor], model: nn.Module, folder: Path) -> Non
         path.chmod(0o644)
 
 
-@torch.inference_mode()
 def difference(checkpoint: Path, name: str, folder: Path) -> float:
     """Largest absolute difference of the logits of a fixed input, by the checkpoint itself and by the folder."""
-    logits = []
-    for source, overlay in ((name, {'file': str(checkpoint)}), (f'local-dir:{folder}', {})):
-        model = timm.create_model(source, pretrained=True, pretrained_cfg_overlay=overlay).eval()
-        size = model.pretrained_cfg['input_size']
-        logits.append(model(torch.randn(1, *size, generator=torch.Generator().manual_seed(0))))
-    return (logits[0] - logits[1]).abs().max().item()
+    before = _logits(name, pretrained_cfg_overlay={'file': str(checkpoint)})
+    after = _logits(f'local-dir:{folder}')
+    return (before - after).abs().max().item()
+
+
+@torch.inference_mode()
+def _logits(name: str, **kwargs: Any) -> torch.Tensor:
+    model = timm.create_model(name, pretrained=True, **kwargs).eval()
+    return model(torch.randn(1, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0)))
 
 
 def sha256(path: Path) -> str:
