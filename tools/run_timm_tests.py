@@ -180,6 +180,8 @@ def run_tests(
             file.write_bytes(content)
         shutil.copy(PLUGIN, folder)
         (folder / "pytest.ini").write_text(PYTEST_INI, encoding="ascii")
+        (folder / "tmp").mkdir()
+        env["TMPDIR"] = str(folder / "tmp")  # some torch leaves a folder behind when it is ended
         report = folder / "report.json"
         command = [
             sys.executable, "-m", "pytest", "tests/test_models.py", "-c", "pytest.ini", "--rootdir", ".",

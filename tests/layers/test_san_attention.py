@@ -174,6 +174,8 @@ def compiled(layer: nn.Module, x: torch.Tensor) -> Callable[..., torch.Tensor]:
 @pytest.mark.parametrize("path", [scripted, exported, compiled])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_path_agrees(kind: str, path: Callable, mode: str) -> None:
+    if path is exported and mode == "train" and torch.__version__.startswith("2.5."):
+        pytest.skip("programs that torch 2.5 exports in training cannot be trained: norms change in place")
     layer = made_layer(kind).train(mode == "train")
     state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     call = path(layer, made_input("other", (3, 64, 6, 6)).double())

@@ -76,6 +76,7 @@ def test_few_graphs_serve_all_sizes(name, create):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which('g++'), reason='the CPU code of inductor needs a C++ compiler')
+@pytest.mark.skipif(torch.__version__.startswith('2.5.'), reason='inductor of torch 2.5 fails at its CPU code')
 def test_inductor_trains_alike(create):
     """The most intricate of the models: windows, softmax and shared weights in one block."""
     model, other = (create('san_tiny_pairwise', num_classes=7).train() for _ in range(2))

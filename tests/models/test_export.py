@@ -37,6 +37,8 @@ def test_exported_program_survives_a_file(model):
 
 def test_onnx_agrees_with_the_model(model, tmp_path):
     """By way of torch.export, with the batch left open."""
+    if torch.__version__.startswith('2.5.'):
+        pytest.skip("today's onnxscript and torch 2.5 fail at timm's own ResNet")
     for package in ('onnx', 'onnxscript'):
         pytest.importorskip(package, reason='torch.onnx.export needs it')
     onnxruntime = pytest.importorskip('onnxruntime', reason='runs the exported graph')

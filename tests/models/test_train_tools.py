@@ -113,6 +113,8 @@ def test_checkpointing_does_nothing_without_gradients(name, create):
 @pytest.mark.parametrize('way', ['forward_intermediates', 'features_only'])
 def test_checkpointing_of_features(name, create, way):
     if way == 'features_only':
+        if timm.__version__ == '1.0.21':
+            pytest.skip('that timm fails at its own ResNet: an activation in place after what is recomputed')
         plain, model = (create(name, features_only=True, dtype=torch.float64).train() for _ in range(2))
         run = nn.Module.__call__
     else:
@@ -283,6 +285,9 @@ def test_create_model_loads_a_checkpoint(name, create, tmp_path, wrapped):
     torch.testing.assert_close(loaded.eval()(x), model(x), rtol=0., atol=0.)
 
 
+@pytest.mark.skipif(
+    tuple(map(int, timm.__version__.split('.')[:3])) < (1, 0, 28),
+    reason='such a timm takes the safetensors file of a local-dir for a pickle')
 def test_hub_folder_round_trip(ours, create, tmp_path):
     model = create(ours, num_classes=7).eval()
     save_for_hf(model, str(tmp_path), safe_serialization=True)

@@ -711,6 +711,8 @@ def real_env(**env: str) -> dict[str, str]:
 
 def test_both_ranks_of_torchrun_create_a_model_of_ours(tmp_path: Path, server: Server) -> None:
     version = source_module().installed_timm().version
+    if version in source_module().PINNED:
+        pytest.skip("a stand-in for a release whose digest is pinned is refused")
     code = """
 import os
 import timm
