@@ -1,7 +1,7 @@
 """Serve a folder of entries as a small, read-only Hugging Face Hub on this machine.
 
     python tools/serve_hub.py DIR --port 8123
-    HF_ENDPOINT=http://127.0.0.1:8123 python -c "import timm; timm.create_model('hf-hub:timm-gsa/NAME', pretrained=True)"
+    HF_ENDPOINT=http://127.0.0.1:8123 python tools/classify.py --model hf-hub:timm-gsa/NAME
 
 DIR/NAME/... is served as timm-gsa/NAME/..., as it is when the server starts. The page of a repository, search, uploads
 and access tokens are the real Hub's: whoever reaches the port may read all entries.
@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, ClassVar
 from urllib.parse import parse_qs, unquote
 
 MAIN = 'main'
-NAME = re.compile(r'\w[\w.-]*')  # of an organization or a repository
+NAME = re.compile(r'\w([\w.-]*\w)?', re.ASCII)  # of an organization or a repository: others the client refuses
 
 
 @dataclass(frozen=True)
@@ -428,7 +428,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('dir', type=Path, metavar='DIR', help='folder with one subfolder for each entry')
     parser.add_argument('--port', type=_port, default=0, help='port to listen on (default: one that is free)')
     parser.add_argument('--host', default='127.0.0.1', help='address to listen on (default: %(default)s)')
-    parser.add_argument('--org', type=_organization, help="organization to serve the entries under (default: timm_gsa's)")
+    parser.add_argument('--org', type=_organization, help="organization to serve them under (default: timm_gsa's)")
     args = parser.parse_args(argv)
     try:
         if args.org is None:
@@ -441,18 +441,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f'without timm_gsa ({error}) --org is needed')
     if not repositories:
         parser.error(f'{args.dir} holds no entries: DIR/NAME/config.json and the like are expected')
-    # Ask for one's own before anybody is told to connect, so that a signal during start-up ends it as well.
+    try:
+        server = HubServer(repositories, args.host, args.port)
+    except OSError as error:
+        parser.error(f'cannot listen on {args.host}:{args.port}: {error.strerror or error}')
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with HubServer(repositories, args.host, args.port) as server:
+        with server:
             for name, repository in repositories.items():
                 print(f'{name}@{repository.commit}: {len(repository.files)} files', file=sys.stderr)
             print(f'HF_ENDPOINT={server.endpoint}', flush=True)
             server.serve_forever()
     except KeyboardInterrupt:
         pass
-    except OSError as error:
-        parser.error(f'cannot listen on {args.host}:{args.port}: {error.strerror or error}')
 
 
 if __name__ == '__main__':

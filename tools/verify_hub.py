@@ -45,6 +45,9 @@ def problems(entry: Entry, organization: str, cache_dir: str) -> Iterator[str]:
         except RuntimeError as error:  # of our own checks or of load_state_dict
             yield f'by {route}: {error}'
             continue
+        if model.pretrained_cfg['architecture'] != entry.arch:
+            yield f'by {route}: the architecture is {model.pretrained_cfg["architecture"]}'
+            continue
         with torch.inference_mode():
             if not close(model(expected['input']), expected['output']):
                 yield f'other logits by {route}'

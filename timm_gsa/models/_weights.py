@@ -15,6 +15,7 @@ from typing import Any
 
 import torch.nn as nn
 from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError, safe_open
 
 __all__ = ['ORGANIZATION', 'WEIGHTS_NAME', 'checked', 'fetch_weights', 'hub_id', 'recorded']
 
@@ -43,41 +44,71 @@ def hub_id(entry: str) -> str:
     return f'{ORGANIZATION}/{entry}' + (f'@{revision}' if revision else '')
 
 
-def fetch_weights(model_id: str, arch: str, cache_dir: str | Path | None = None) -> None:
+def fetch_weights(
+        model_id: str,
+        arch: str,
+        filename: str | None = None,
+        cache_dir: str | Path | None = None,
+) -> str:
     """Bring the weights of a repository into the Hub's cache, where timm finds them, and check what came.
 
     Args:
         model_id: organization/name or organization/name@revision.
         arch: Architecture that will load them.
+        filename: Their file in the repository; model.safetensors where None.
         cache_dir: The Hub's cache; its own default where None.
 
+    Returns:
+        organization/name@commit of what was checked: timm asked for that gets these very files, without a request.
+
     Raises:
-        RuntimeError: The file is not what the Hub or the registry says it is (it is deleted from the cache, so that the
-            next call downloads it anew), or the repository is that of another architecture's entry.
-        huggingface_hub.errors.EntryNotFoundError: The repository has no model.safetensors, or nothing is cached and the
-            Hub cannot be reached. What else the download may raise is huggingface_hub's.
+        RuntimeError: The file is no safetensors or not what the Hub or the registry says it is (it is deleted from the
+            cache, so that the next call downloads it anew), the same of a config.json that was downloaded before, or
+            the repository is that of another architecture's entry.
+        huggingface_hub.errors.EntryNotFoundError: The repository has no such file, or nothing is cached and the Hub
+            cannot be reached. What else the download may raise is huggingface_hub's.
     """
     repo_id, _, revision = model_id.partition('@')
+    filename = filename or WEIGHTS_NAME
     entry = repo_id.rpartition('/')[2]
     ours = repo_id == f'{ORGANIZATION}/{entry}'
     if ours and entry.partition('.')[0] != arch:
         raise RuntimeError(f'{repo_id} holds weights of {entry.partition(".")[0]}, not of {arch}')
-    path = Path(hf_hub_download(repo_id, WEIGHTS_NAME, revision=revision or None, cache_dir=cache_dir))
+    if not filename.endswith('.safetensors'):
+        raise RuntimeError(f'{filename} of {repo_id} is no safetensors file, and no other weights are loaded')
+    path = Path(hf_hub_download(repo_id, filename, revision=revision or None, cache_dir=cache_dir))
     try:
-        pinned = recorded(entry)['sha256'] if ours and model_id == hub_id(entry) else None
+        pinned = recorded(entry)['sha256'] if ours and filename == WEIGHTS_NAME and model_id == hub_id(entry) else None
     except KeyError:
         pinned = None
+    _check_digest(path, filename, model_id, pinned)
+    try:
+        with safe_open(path, framework='pt'):
+            pass
+    except SafetensorError as error:
+        raise RuntimeError(f'{filename} of {model_id} is no safetensors file: {error}') from error
+    snapshot = path.parents[filename.count('/')]
+    if (snapshot / 'config.json').is_file():  # timm has read it already if the model was asked for by hf-hub:
+        _check_digest(snapshot / 'config.json', 'config.json', model_id)
+    return f'{repo_id}@{snapshot.name}'
+
+
+def _check_digest(path: Path, filename: str, model_id: str, pinned: str | None = None) -> None:
+    """Raises RuntimeError for a file of the cache whose content has another digest, and deletes it."""
     # A file in the cache bears the name by which the Hub knows its content: SHA-256, or SHA-1 as git computes it.
     blob = path.resolve()
     data = blob.read_bytes()
     for expected, actual in ((pinned, [hashlib.sha256(data).hexdigest()]), (blob.name, _digests(blob.name, data))):
-        if expected and actual and expected not in actual:
+        if not expected or not actual or expected in actual:
+            continue
+        advice = 'It was deleted from the cache; try again to download it anew.'
+        try:
             for file in (path, blob):
                 file.unlink(missing_ok=True)
-            raise RuntimeError(
-                f'{WEIGHTS_NAME} of {model_id} is damaged: its digest should be {expected} and is {actual[0]}. It was '
-                'deleted from the cache; try again to download it anew.'
-            )
+        except OSError as error:
+            advice = f'It could not be deleted from the cache: {error}.'
+        raise RuntimeError(
+            f'{filename} of {model_id} is damaged: its digest should be {expected} and is {actual[0]}. {advice}')
 
 
 def _digests(name: str, data: bytes) -> list[str]:
@@ -108,14 +139,15 @@ def _check(state_dict: dict[str, Any], model: nn.Module) -> None:
 
     Shapes and, for the same number of classes, superfluous names are left to `load_state_dict`.
     """
-    wanted = {
-        key: tensor for key, tensor in model.state_dict().items()
-        if not key.endswith('num_batches_tracked')
+    own = model.state_dict()
+    problems = [
+        f'{key} is missing' for key in own
+        if key not in state_dict
+        and not key.endswith('num_batches_tracked')
         and not key.startswith('fc.')  # timm leaves it out for other classes
-    }
-    problems = [f'{key} is missing' for key in wanted if key not in state_dict]
+    ]
     for key, tensor in state_dict.items():
-        if key in wanted and wanted[key].is_floating_point() and not tensor.is_floating_point():
+        if key in own and own[key].is_floating_point() and not tensor.is_floating_point():
             problems.append(f'{key} is of {tensor.dtype}')
         elif tensor.is_floating_point() and not tensor.isfinite().all():
             problems.append(f'{key} holds values that are not finite')

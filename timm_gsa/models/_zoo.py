@@ -80,6 +80,8 @@ def create_from_zoo(
                 f'of this zoo, {", ".join(sorted(_PRETRAINED))} have some. {advice}'
             )
         if cfg.source == 'hf-hub' or (cfg.hf_hub_id and not (cfg.state_dict or cfg.file or cfg.source)):
-            fetch_weights(cfg.hf_hub_id, variant, cache_dir=kwargs.get('cache_dir'))
+            checked_id = fetch_weights(cfg.hf_hub_id, variant, cfg.hf_hub_filename, kwargs.get('cache_dir'))
+            # timm looks the weights up once more: let it find those that were checked, whatever the Hub has by then.
+            kwargs['pretrained_cfg_overlay'] = {**(kwargs.get('pretrained_cfg_overlay') or {}), 'hf_hub_id': checked_id}
     filter_fn = checked(kwargs.pop('pretrained_filter_fn', None))
     return build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=filter_fn, **kwargs)
