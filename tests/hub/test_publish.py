@@ -8,6 +8,10 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import timm
+import torch
+
+import timm_gsa  # noqa: F401
 
 pytestmark = pytest.mark.skipif(
     int(huggingface_hub.__version__.partition('.')[0]) < 2, reason='a maintainer publishes with a client of today')
@@ -224,3 +228,15 @@ def test_verify_finds_what_is_not_as_published(hub, publish, verify, damage, com
     damage(hub)
     status, out = verify(ENTRY)
     assert status == 1 and complaint in out and len(out.splitlines()) == 1
+
+
+def test_pushed_by_timm_itself_a_model_of_the_wheel_leaks_no_path_and_comes_back(hub, hub_module, cache):
+    model = timm.create_model('san_tiny_pairwise', pretrained=True).eval()
+    timm.models.push_to_hf_hub(model, 'someone/net', token=hub_module.WRITE, safe_serialization=True)
+    repository = hub.repositories['someone/net']
+    assert sorted(repository.files) == ['README.md', 'config.json', 'model.safetensors']
+    for name in ('README.md', 'config.json'):
+        assert b'weights/' not in repository.read(name) and str(ROOT).encode() not in repository.read(name)
+    again = timm.create_model('hf-hub:someone/net', pretrained=True).eval()
+    image = torch.randn(1, 3, 64, 64)
+    assert torch.equal(again(image), model(image))
