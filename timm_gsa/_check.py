@@ -17,9 +17,9 @@ _NAMES = {
     "timm.layers": (
         "DropPath", "LayerType", "get_act_layer", "get_norm_layer", "register_notrace_module", "to_2tuple"),
     "timm.models": ("build_model_with_cfg", "generate_default_cfgs", "register_model"),
-    "timm.models._builder": ("resolve_pretrained_cfg",),
+    "timm.models._builder": ("_resolve_pretrained_source", "resolve_pretrained_cfg"),
     "timm.models._manipulate": ("checkpoint",),
-    "timm.models.resnet": ("BasicBlock", "Bottleneck", "ResNet"),
+    "timm.models.resnet": ("BasicBlock", "Bottleneck", "ResNet", "downsample_conv"),
 }
 _KEYWORDS = {
     "BasicBlock": ("device", "dtype"),

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import inspect
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from typing import Any
 import timm
 import torch
 import yaml
+from _files import written_whole
 from huggingface_hub import ModelCard
 from safetensors.torch import load, load_file, save
 from timm.models._hub import save_config_for_hf
@@ -89,11 +89,11 @@ class Entry:
         overlay = dict(file=str(self.weights))
         return timm.create_model(self.name, pretrained=True, pretrained_cfg_overlay=overlay).eval()
 
-    def files(self, organization: str = ORGANIZATION) -> dict[str, bytes]:
-        """All files of the repository but the weights, by name."""
+    def files(self) -> dict[str, bytes]:
+        """All files of the repository but the weights, made anew, by name."""
         return {
             'config.json': self._config(),
-            'README.md': self._card(organization).encode(),
+            'README.md': self._card(ORGANIZATION).encode(),
             TENSORS: save(outputs(self.model, fixed_input(self.model)), metadata={'format': 'pt'}),
         }
 
@@ -153,38 +153,46 @@ class Entry:
         """Write the entry's folder anew, each file under a temporary name first."""
         files = self.files()
         for name, data in {**files, 'entry.yaml': self.yaml(files).encode()}.items():
-            write_atomically(self.folder / name, data)
+            write(self.folder / name, data)
+
+    def repository(self, organization: str = ORGANIZATION) -> dict[str, Path | bytes]:
+        """The whole repository by name, weights included: the files as they lie here, but for the card's organization.
+
+        Raises:
+            EntryError: The entry's folder or weights are not what they should be.
+        """
+        problems = list(self.problems())
+        if problems:
+            raise EntryError('; '.join(problems))
+        return {
+            **{name: self.folder / name for name in ('config.json', TENSORS)},
+            'README.md': self._card(organization).encode(),
+            WEIGHTS_NAME: self.weights,
+        }
 
     def export(self, folder: Path) -> None:
         """Write the whole repository, weights included, into a new folder.
 
         Raises:
-            EntryError: The folder exists already.
+            EntryError: The folder exists already, or the entry is not what it should be.
         """
         if folder.exists():
             raise EntryError(f'{folder} exists already')
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix='.') as temporary:
             whole = Path(temporary) / self.name
-            for name, data in {**self.files(), WEIGHTS_NAME: self.weights.read_bytes()}.items():
-                write_atomically(whole / name, data)
+            for name, source in self.repository().items():
+                write(whole / name, content(source))
             whole.rename(folder)
 
-    def pin(self, revision: str | None) -> None:
-        """Record the commit of the published repository, and write the folder anew."""
-        self.record.pop('revision', None)
-        if revision:
-            self.record['revision'] = revision
-        write_atomically(self.results_path, (json.dumps(self.results, indent=2) + '\n').encode())
-        write_atomically(self.folder / 'entry.yaml', self.yaml(self.files()).encode())
+    def pin(self, revision: str) -> None:
+        """Record the commit of the published repository, here and in the folder."""
+        self.record['revision'] = revision
+        write(self.results_path, (json.dumps(self.results, indent=2) + '\n').encode())
+        write(self.folder / 'entry.yaml', self.yaml(self.files()).encode())
 
     def _config(self) -> bytes:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / 'config.json'
-            save_config_for_hf(
-                self.model, str(path), model_config=dict(label_names=self.model.pretrained_cfg['label_names']))
-            config = json.loads(path.read_text(encoding='utf-8'))
-        config.pop('model_args', None)  # transformers passes num_classes twice where it stands
+        config = hub_config(self.model, label_names=self.model.pretrained_cfg['label_names'])
         config['pretrained_cfg'].pop('label_names', None)  # stands above
         return (json.dumps(config, indent=2) + '\n').encode()
 
@@ -231,6 +239,21 @@ class Entry:
         )
 
 
+def hub_config(model: Any, **model_config: Any) -> dict[str, Any]:
+    """config.json of a model as timm writes it, for a repository that transformers can read too."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / 'config.json'
+        save_config_for_hf(model, str(path), model_config=model_config)
+        config = json.loads(path.read_text(encoding='utf-8'))
+    config.pop('model_args', None)  # with them, transformers passes the number of classes twice
+    return config
+
+
+def content(source: Path | bytes) -> bytes:
+    """Content of a file of a repository."""
+    return source.read_bytes() if isinstance(source, Path) else source
+
+
 def all_entries() -> list[str]:
     """Names of all entries for which results are recorded."""
     names: list[str] = []
@@ -271,15 +294,11 @@ def differences(held: dict[str, torch.Tensor], made: dict[str, torch.Tensor]) ->
             yield f'{TENSORS}: {name} is not what the weights give'
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name and rename it."""
+def write(path: Path, data: bytes) -> None:
+    """Write a file, and the folder it belongs into where that is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
+    with written_whole(path) as temporary:
         temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def front_matter(card: str) -> dict[str, Any]:

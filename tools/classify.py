@@ -4,7 +4,6 @@
     python tools/classify.py photo.jpg other.png --model san_tiny_patchwise --top-k 3 --save-dir out
 """
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 import timm
 import torch
+from _files import written_whole
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 
@@ -101,12 +101,8 @@ def draw(image: Image.Image, predictions: Sequence[Prediction], title: str) -> I
 
 def save(picture: Image.Image, path: Path) -> None:
     """Write a PNG under a temporary name, then rename it."""
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
+    with written_whole(path) as temporary:
         picture.save(temporary, format='PNG')
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def free_name(directory: Path, stem: str, taken: set[Path]) -> Path:

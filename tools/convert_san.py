@@ -22,9 +22,9 @@ from typing import Any
 import timm
 import torch
 import torch.nn as nn
+from _hub_entry import hub_config
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from timm.models._hub import save_config_for_hf
 
 import timm_gsa  # noqa: F401  registers the models where autoload is switched off
 from timm_gsa.models.san import _OFFICIAL_BLOCK_NAMES, SANBlock, _our_name, checkpoint_filter_fn
@@ -157,10 +157,7 @@ def write(state: dict[str, torch.Tensor], model: nn.Module, folder: Path) -> Non
         seen.add(storage.data_ptr())
     weights, config = folder / 'model.safetensors', folder / 'config.json'
     save_file(tensors, weights, metadata={'format': 'pt'})
-    save_config_for_hf(model, str(config), model_config={'pretrained_cfg': {'tag': TAG}})
-    content = json.loads(config.read_text())
-    content.pop('model_args', None)  # with them, transformers passes the number of classes twice
-    config.write_text(json.dumps(content, indent=2))
+    config.write_text(json.dumps(hub_config(model, pretrained_cfg={'tag': TAG}), indent=2))
     for path in (weights, config):
         path.chmod(0o644)
 

@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == 'export':
             for entry in entries:
                 entry.export(args.dir / entry.name)
+            return 0
     except EntryError as error:
         parser.error(str(error))
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import timm
 from _cost import parameters_and_multiply_adds
+from _files import written_whole
 
 import timm_gsa
 
@@ -81,9 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if current.strip() != wanted:
             print(f'{README.name} holds another table; renew it with --write')
         return int(current.strip() != wanted)
-    temporary = README.with_name(f'.{README.name}.{os.getpid()}')
-    temporary.write_text(f'{before}{BEGIN}\n{wanted}\n{END}{after}')
-    os.replace(temporary, README)
+    with written_whole(README) as temporary:
+        temporary.write_text(f'{before}{BEGIN}\n{wanted}\n{END}{after}')
     return 0
 
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from _files import written_whole
 from safetensors.torch import save_file
 from timm.data import create_dataset, create_loader
 from timm.models import load_checkpoint, load_state_dict
@@ -35,13 +35,9 @@ def pack(state_dict: dict[str, torch.Tensor], path: Path) -> None:
         key: tensor.half().contiguous() if tensor.is_floating_point() and tensor.ndim > 1 else tensor.contiguous()
         for key, tensor in state_dict.items()
     }
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
+    with written_whole(path) as temporary:
         save_file(tensors, temporary, metadata={'format': 'pt'})
         temporary.chmod(0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @torch.inference_mode()
@@ -72,9 +68,8 @@ def record(path: Path, name: str, result: dict[str, Any]) -> None:
     """Put a result into the results file."""
     results = json.loads(path.read_text()) if path.exists() else {}
     results.setdefault('models', {})[name] = result
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    temporary.write_text(json.dumps(results, indent=2) + '\n')
-    os.replace(temporary, path)
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(results, indent=2) + '\n')
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -17,41 +17,33 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from _hub_entry import Entry, EntryError, all_entries, front_matter
+from _hub_entry import Entry, EntryError, all_entries, content, front_matter
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 from huggingface_hub.utils import RepositoryNotFoundError
 from tqdm import tqdm
 
-from timm_gsa.models._weights import ORGANIZATION, WEIGHTS_NAME
+from timm_gsa.models._weights import ORGANIZATION, git_sha1
 
 WEIGHTS_SUFFIXES = ('.safetensors', '.bin', '.pt', '.pth', '.ckpt', '.h5', '.msgpack', '.onnx', '.gguf')
 
 
-def local_files(entry: Entry, organization: str) -> dict[str, bytes | Path]:
+def local_files(entry: Entry, organization: str) -> dict[str, Path | bytes]:
     """What the repository is to hold, checked.
 
     Raises:
         EntryError: The entry's folder, weights or card are not what they should be.
     """
-    problems = list(entry.problems())
-    if problems:
-        raise EntryError('; '.join(problems))
-    files = entry.files(organization)
-    if front_matter(files['README.md'].decode()).get('license') is None:
+    files = entry.repository(organization)
+    if front_matter(content(files['README.md']).decode()).get('license') is None:
         raise EntryError('README.md names no license')
-    return {**files, WEIGHTS_NAME: entry.weights}
+    return files
 
 
-def git_sha1(data: bytes) -> str:
-    """Name that git, and so the Hub, gives to a file's content."""
-    return hashlib.sha1(b'blob %d\0' % len(data) + data, usedforsecurity=False).hexdigest()
-
-
-def differing(api: HfApi, repo_id: str, revision: str, files: dict[str, bytes | Path]) -> Iterator[str]:
+def differing(api: HfApi, repo_id: str, revision: str, files: dict[str, Path | bytes]) -> Iterator[str]:
     """Names of the files that the repository lacks or holds with other content."""
     remote: dict[str, Any] = {info.path: info for info in api.get_paths_info(repo_id, list(files), revision=revision)}
     for name, source in files.items():
-        data = source.read_bytes() if isinstance(source, Path) else source
+        data = content(source)
         info = remote.get(name)
         lfs = getattr(info, 'lfs', None)
         if lfs is not None:

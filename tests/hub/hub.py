@@ -3,28 +3,14 @@
 It extends the read-only one of tools/serve_hub.py and keeps all files in memory. conftest.py makes fixtures of it.
 """
 import base64
-import importlib.util
 import io
 import json
 import re
-import sys
 import threading
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
-TOOL = Path(__file__).parents[2] / 'tools' / 'serve_hub.py'
-
-
-def load(path):
-    """Import a file that is in no package. Dataclasses look their module up by name: it has to be registered."""
-    spec = importlib.util.spec_from_file_location(f'{__name__}_{path.stem}', path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-serve_hub = load(TOOL)
+import serve_hub
 
 READ, WRITE = 'hf_read', 'hf_write'  # tokens
 

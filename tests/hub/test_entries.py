@@ -4,9 +4,9 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
+import _hub_entry
 import pytest
 import timm
 import torch
@@ -29,13 +29,11 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def hub_entry(tmp_path, monkeypatch):
     """The module of the entries, working on copies of what it reads and writes."""
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-    module = import_module('_hub_entry')
     shutil.copytree(CONFIGS, tmp_path / 'hub_configs')
     shutil.copytree(ROOT / 'timm_gsa' / 'weights', tmp_path / 'weights')
-    monkeypatch.setattr(module, 'CONFIGS', tmp_path / 'hub_configs')
-    monkeypatch.setattr(module, 'PACKAGED', tmp_path / 'weights')
-    return module
+    monkeypatch.setattr(_hub_entry, 'CONFIGS', tmp_path / 'hub_configs')
+    monkeypatch.setattr(_hub_entry, 'PACKAGED', tmp_path / 'weights')
+    return _hub_entry
 
 
 def test_folders_are_what_the_registry_and_the_results_give():

@@ -4,10 +4,10 @@ import os
 import subprocess
 import sys
 import threading
-from importlib import import_module
 from pathlib import Path
 
 import pytest
+import serve_hub
 import timm
 
 pytestmark = pytest.mark.skipif(
@@ -42,11 +42,6 @@ def repositories(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def endpoint(repositories):
-    sys.path.insert(0, str(ROOT / 'tools'))
-    try:
-        serve_hub = import_module('serve_hub')
-    finally:
-        sys.path.pop(0)
     with serve_hub.HubServer(serve_hub.entries(repositories, 'timm-gsa')) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()

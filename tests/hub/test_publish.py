@@ -1,15 +1,16 @@
 """tools/publish.py and tools/verify_hub.py against a Hub that takes uploads, and goes wrong to order."""
 import json
 import re
-import sys
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 
+import _hub_entry
 import huggingface_hub
 import pytest
 import timm
 import torch
+import verify_hub
 
 import timm_gsa  # noqa: F401
 
@@ -23,19 +24,10 @@ FILES = ['README.md', 'config.json', 'model.safetensors', 'test/rand_tensors.saf
 
 
 @pytest.fixture
-def tool(monkeypatch):
-    """Imports a tool."""
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-    yield import_module
-    for name in ('publish', 'verify_hub'):
-        sys.modules.pop(name, None)
-
-
-@pytest.fixture
-def publish(hub, hub_module, cache, tool, monkeypatch, capsys):
+def publish(hub, hub_module, cache, monkeypatch, capsys):
     """Runs publish.py with a token that may write, or another, on a Hub without entries; returns status and output."""
     hub.repositories.clear()
-    module = tool('publish')
+    module = import_module('publish')
 
     def publish(*arguments, token=hub_module.WRITE):
         api = partial(huggingface_hub.HfApi, endpoint=hub.endpoint, token=token)
@@ -156,8 +148,8 @@ def test_one_entry_that_fails_does_not_stop_the_others(hub, publish):
 
 
 @pytest.mark.parametrize('name', ['README.md', 'config.json', 'model.safetensors'])
-def test_entry_that_drifted_is_not_published(hub, publish, tool, tmp_path, monkeypatch, name):
-    entry = tool('_hub_entry')
+def test_entry_that_drifted_is_not_published(hub, publish, tmp_path, monkeypatch, name):
+    entry = _hub_entry
     path = tmp_path / name
     path.write_bytes(b'other')
     if name == 'model.safetensors':
@@ -179,20 +171,20 @@ def test_unknown_entry_is_a_wrong_argument(publish, capsys):
 
 
 @pytest.fixture
-def verify(hub, cache, tool, capsys):
+def verify(hub, cache, capsys):
     def verify(*arguments):
-        status = tool('verify_hub').main(list(arguments))
+        status = verify_hub.main(list(arguments))
         return status, capsys.readouterr().out
     return verify
 
 
-def test_verify_finds_published_entries_good(hub, publish, verify, tool, monkeypatch):
+def test_verify_finds_published_entries_good(hub, publish, verify, monkeypatch):
     publish(ENTRY)
     assert verify() == (0, 'no entry has a pinned commit yet: nothing is published\n')
     status, out = verify(ENTRY)
     assert status == 0 and re.fullmatch(rf'{REPO} +not pinned +good\n', out)
     commit = hub.repositories[REPO].commit
-    entry = tool('_hub_entry').Entry
+    entry = _hub_entry.Entry
     plain = entry.__init__
 
     def pinned(self, name):

@@ -5,6 +5,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from timm_gsa.ops import content_attention, content_attention_reference
 
+from ..gradients import outputs_and_gradients
+
 SIZES = [(1, 1), (1, 6), (5, 3), (4, 4)]
 
 
@@ -31,26 +33,19 @@ def loops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.
     return out
 
 
-def outputs_and_gradients(function, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    out = function(*inputs)
-    probe = torch.linspace(-1., 1., out.numel(), dtype=out.dtype).reshape(out.shape)
-    return [out, *torch.autograd.grad((out * probe).sum(), inputs)]
-
-
 @pytest.mark.parametrize('size', SIZES)
 @pytest.mark.parametrize('function', [content_attention, content_attention_reference])
 def test_equals_loops_over_positions(function, size):
     inputs = tensors(*size)
     torch.testing.assert_close(
-        outputs_and_gradients(function, inputs), outputs_and_gradients(loops, inputs), rtol=1e-11, atol=1e-12)
+        outputs_and_gradients(function, *inputs), outputs_and_gradients(loops, *inputs), rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_equals_reference(dtype):
     inputs = tensors(7, 9, dtype)
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
-    ours, theirs = (outputs_and_gradients(f, inputs) for f in (content_attention, content_attention_reference))
+    ours, theirs = (outputs_and_gradients(f, *inputs) for f in (content_attention, content_attention_reference))
     assert ours[0].dtype == dtype
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 

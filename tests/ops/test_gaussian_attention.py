@@ -7,6 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from timm_gsa.ops import gaussian_attention, gaussian_attention_reference, gaussian_weight
 
+from ..gradients import outputs_and_gradients
+
 SIZES = [(1, 1), (1, 6), (7, 1), (5, 3), (4, 4)]
 BOTH = pytest.mark.parametrize('function', [gaussian_attention, gaussian_attention_reference])
 
@@ -34,13 +36,6 @@ def loops(value: torch.Tensor, radius: torch.Tensor, dilation: int = 1) -> torch
         for r, c in positions:
             out[:, :, row, column] += kernel[r, c] / total * value[:, :, r, c]
     return out
-
-
-def outputs_and_gradients(function, *inputs: torch.Tensor) -> list[torch.Tensor]:
-    leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    out = function(*leaves)
-    probe = torch.linspace(-1., 1., out.numel(), dtype=out.dtype).reshape(out.shape)
-    return [out, *torch.autograd.grad((out * probe).sum(), leaves)]
 
 
 @pytest.mark.parametrize('size', SIZES)

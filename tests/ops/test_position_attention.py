@@ -5,6 +5,8 @@ import torch.nn as nn
 
 from timm_gsa.ops import column_attention, column_attention_reference, resize_relative_table, row_attention
 
+from ..gradients import outputs_and_gradients
+
 SIZES = [(1, 1), (1, 6), (6, 1), (5, 3), (4, 4)]
 
 
@@ -48,33 +50,30 @@ def row_loops(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> 
     return out
 
 
-def outputs_and_gradients(function, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    out = function(*inputs)
-    probe = torch.linspace(-1., 1., out.numel(), dtype=out.dtype).reshape(out.shape)
-    return [out, *torch.autograd.grad((out * probe).sum(), inputs)]
-
-
 @pytest.mark.parametrize('size', SIZES)
 @pytest.mark.parametrize('function', [column_attention, column_attention_reference])
 def test_column_step_equals_loops_over_positions(function, size):
     inputs = tensors(*size, rows=2 * size[0] - 1)
     torch.testing.assert_close(
-        outputs_and_gradients(function, inputs), outputs_and_gradients(column_loops, inputs), rtol=1e-11, atol=1e-12)
+        outputs_and_gradients(function, *inputs), outputs_and_gradients(column_loops, *inputs), rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize('size', SIZES)
 def test_row_step_equals_loops_over_positions(size):
     inputs = tensors(*size, rows=2 * size[1] - 1)
     torch.testing.assert_close(
-        outputs_and_gradients(row_attention, inputs), outputs_and_gradients(row_loops, inputs), rtol=1e-11, atol=1e-12)
+        outputs_and_gradients(row_attention, *inputs),
+        outputs_and_gradients(row_loops, *inputs),
+        rtol=1e-11,
+        atol=1e-12,
+    )
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_column_step_equals_reference(dtype):
     inputs = tensors(9, 7, rows=17, dtype=dtype)
     tolerance = 1e-4 if dtype == torch.float32 else 1e-1
-    ours, theirs = (outputs_and_gradients(f, inputs) for f in (column_attention, column_attention_reference))
+    ours, theirs = (outputs_and_gradients(f, *inputs) for f in (column_attention, column_attention_reference))
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
@@ -124,9 +123,9 @@ def resize_loops(table: torch.Tensor, length: int) -> torch.Tensor:
 @pytest.mark.parametrize('new', [1, 2, 3, 5, 8])
 def test_resizing_equals_interpolation_offset_by_offset(old, new):
     table = torch.randn(2 * old - 1, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(old))
-    ours = outputs_and_gradients(lambda t: resize_relative_table(t, new), [table])
+    ours = outputs_and_gradients(lambda t: resize_relative_table(t, new), table)
     assert ours[0].shape == (2 * new - 1, 3)
-    theirs = outputs_and_gradients(lambda t: resize_loops(t, new), [table])
+    theirs = outputs_and_gradients(lambda t: resize_loops(t, new), table)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 

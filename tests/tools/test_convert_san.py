@@ -1,6 +1,5 @@
 """Converting checkpoints of the SAN authors: the folder that comes out, and all that must not go in."""
 import hashlib
-import importlib.util
 import json
 import os
 import pickle
@@ -12,6 +11,7 @@ import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
+import convert_san
 import pytest
 import timm
 import torch
@@ -30,14 +30,6 @@ TOOL = Path(__file__).parents[2] / 'tools' / 'convert_san.py'
 NAME = 'san10_pairwise'
 OFFICIAL = official_shapes(NAME)
 NETWORKS = [f'san{depth}_{kind}' for depth in (10, 15, 19) for kind in ('pairwise', 'patchwise')]
-
-
-@pytest.fixture(scope='module')
-def tool():
-    spec = importlib.util.spec_from_file_location('convert_san', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope='module')
@@ -89,10 +81,10 @@ def run(*args, **kwargs):
     return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, timeout=300, **kwargs)
 
 
-def assert_refused(tool, capsys, checkpoint, name=NAME):
+def assert_refused(capsys, checkpoint, name=NAME):
     """The tool fails on a checkpoint without writing anything; returns what it says."""
     before = sorted(checkpoint.parent.iterdir())
-    assert tool.main(arguments(checkpoint, checkpoint.parent / 'out', name)) == 1
+    assert convert_san.main(arguments(checkpoint, checkpoint.parent / 'out', name)) == 1
     assert sorted(checkpoint.parent.iterdir()) == before
     said = capsys.readouterr()
     assert said.out == '' and said.err.startswith(f'{checkpoint}: not converted: ')
@@ -102,8 +94,8 @@ def assert_refused(tool, capsys, checkpoint, name=NAME):
 # What comes out
 
 
-def test_converted_checkpoint_gives_the_authors_logits_from_every_source(tool, place, weights, capsys):
-    assert tool.main([*arguments(authors_file(place / 'best.pth', weights), place / 'out'), '--verify']) == 0
+def test_converted_checkpoint_gives_the_authors_logits_from_every_source(place, weights, capsys):
+    assert convert_san.main([*arguments(authors_file(place / 'best.pth', weights), place / 'out'), '--verify']) == 0
     said = capsys.readouterr().out
     assert f'{len(weights)} tensors' in said and 'difference of the logits after conversion 0.0' in said
     size, digest = re.search(r'model\.safetensors of (\d+) bytes, sha256 ([0-9a-f]{64})\n', said).groups()
@@ -128,8 +120,8 @@ def test_converted_checkpoint_gives_the_authors_logits_from_every_source(tool, p
             torch.testing.assert_close(model(x), want, rtol=1e-3, atol=1e-3 * want.abs().max().item())
 
 
-def test_config_describes_the_authors_weights_and_no_machine(tool, place, weights):
-    assert tool.main(arguments(authors_file(place / 'best.pth', weights), place / 'out')) == 0
+def test_config_describes_the_authors_weights_and_no_machine(place, weights):
+    assert convert_san.main(arguments(authors_file(place / 'best.pth', weights), place / 'out')) == 0
     text = (place / 'out' / 'config.json').read_text()
     config = json.loads(text)
     assert config['architecture'] == NAME and config['num_classes'] == 1000 and config['num_features'] == 2048
@@ -140,7 +132,7 @@ def test_config_describes_the_authors_weights_and_no_machine(tool, place, weight
 
 
 @pytest.mark.parametrize('layout', ['zipped', 'bare', 'bare, old', 'views'])
-def test_every_layout_of_a_checkpoint_gives_the_same_weights(tool, place, weights, layout):
+def test_every_layout_of_a_checkpoint_gives_the_same_weights(place, weights, layout):
     path = place / 'best.pth'
     if layout == 'zipped':
         authors_file(path, weights, old=False)
@@ -159,15 +151,15 @@ def test_every_layout_of_a_checkpoint_gives_the_same_weights(tool, place, weight
         torch.save(weights, path, _use_new_zipfile_serialization=layout == 'bare')
     assert zipfile.is_zipfile(path) == (layout != 'bare, old')
     (place / 'out').mkdir()  # an empty folder may be there
-    assert tool.main(arguments(path, place / 'out')) == 0
+    assert convert_san.main(arguments(path, place / 'out')) == 0
     held = official_names(load_file(place / 'out' / 'model.safetensors'))
     assert held.keys() == weights.keys()
     assert all(held[key].dtype == weights[key].dtype and torch.equal(held[key], weights[key]) for key in weights)
 
 
 @pytest.mark.parametrize('name', NETWORKS)
-def test_names_wanted_are_those_of_the_authors(tool, name):
-    wanted = tool.official_tensors(timm.create_model(name, device='meta'))
+def test_names_wanted_are_those_of_the_authors(name):
+    wanted = convert_san.official_tensors(timm.create_model(name, device='meta'))
     assert {key: tuple(tensor.shape) for key, tensor in wanted.items()} == official_shapes(name)
 
 
@@ -175,12 +167,13 @@ def test_names_wanted_are_those_of_the_authors(tool, name):
 def test_conversion_takes_no_more_memory_than_twice_the_file(place, weights):
     path = authors_file(place / 'best.pth', weights)
     program = '''
-import re, runpy, sys
+import os, re, sys
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
 def memory(key):
     return 1024 * int(re.search(rf'{key}:\\s+(\\d+) kB', open('/proc/self/status').read())[1])
-tool = runpy.run_path(sys.argv[1])
+import convert_san
 before = memory('VmRSS')
-assert tool['main'](sys.argv[2:]) == 0
+assert convert_san.main(sys.argv[2:]) == 0
 print(memory('VmHWM') - before)
 '''
     done = run('-c', program, TOOL, *arguments(path, place / 'out'))
@@ -212,12 +205,12 @@ print(memory('VmHWM') - before)
     ({'fc.bias': None, 'head.bias': torch.ones(1000), 'bn0.bias': torch.ones(7)},
      ['1 missing:', '  fc.bias', '1 unexpected:', '  head.bias', '1 of another shape:', '  bn0.bias: (7,), not (64,)']),
 ])
-def test_tensors_that_do_not_fit_are_named(tool, tmp_path, capsys, change, said):
+def test_tensors_that_do_not_fit_are_named(tmp_path, capsys, change, said):
     state = {**hollow(NAME), **change}
     state = {key: value for key, value in state.items() if value is not None}
     path = tmp_path / 'best.pth'
     torch.save({'state_dict': {f'module.{key}': value for key, value in state.items()}}, path)
-    lines = assert_refused(tool, capsys, path).splitlines()
+    lines = assert_refused(capsys, path).splitlines()
     assert [line for line in lines[1:] if line.strip()] == said
 
 
@@ -225,18 +218,18 @@ def test_tensors_that_do_not_fit_are_named(tool, tmp_path, capsys, change, said)
     ('san15_pairwise', 'unexpected', [key for key in official_shapes('san15_pairwise') if key not in OFFICIAL]),
     ('san10_patchwise', 'missing', [key for key in OFFICIAL if key not in official_shapes('san10_patchwise')]),
 ])
-def test_checkpoint_of_another_network_is_recognised(tool, tmp_path, capsys, other, said, listed):
-    wrong = assert_refused(tool, capsys, authors_file(tmp_path / 'best.pth', hollow(other))).splitlines()
+def test_checkpoint_of_another_network_is_recognised(tmp_path, capsys, other, said, listed):
+    wrong = assert_refused(capsys, authors_file(tmp_path / 'best.pth', hollow(other))).splitlines()
     assert other in wrong[0]
     *names, last = wrong[wrong.index(f'{len(listed)} {said}:') + 1:][:21]
     assert len(set(names)) == 20 and {name.strip() for name in names} <= set(listed)
     assert (last == f'  and {len(listed) - 20} more') == (len(listed) > 20)
 
 
-def test_checkpoint_of_our_own_names_is_recognised(tool, tmp_path, capsys):
+def test_checkpoint_of_our_own_names_is_recognised(tmp_path, capsys):
     state = timm.create_model(NAME, device='meta').state_dict()
     torch.save({key: torch.zeros((), dtype=t.dtype).expand(t.shape) for key, t in state.items()}, tmp_path / 'best.pth')
-    assert 'names are those of this package' in assert_refused(tool, capsys, tmp_path / 'best.pth')
+    assert 'names are those of this package' in assert_refused(capsys, tmp_path / 'best.pth')
 
 
 class Hostile:
@@ -250,14 +243,14 @@ class Hostile:
 
 
 @pytest.mark.parametrize('layout', ['plain pickle', 'old', 'zipped'])
-def test_pickle_that_runs_code_is_refused_unread(tool, tmp_path, capsys, layout):
+def test_pickle_that_runs_code_is_refused_unread(tmp_path, capsys, layout):
     path, trace = tmp_path / 'best.pth', tmp_path / 'trace'
     checkpoint = {'state_dict': hollow(NAME), 'optimizer': Hostile(trace)}
     if layout == 'plain pickle':
         path.write_bytes(pickle.dumps(checkpoint['optimizer'], protocol=2))
     else:
         torch.save(checkpoint, path, _use_new_zipfile_serialization=layout == 'zipped')
-    said = assert_refused(tool, capsys, path)
+    said = assert_refused(capsys, path)
     assert not trace.exists()
     assert re.fullmatch(r'refused, since its pickle asks for \w+\.system\n', said)
     if layout != 'plain pickle':  # the file is one that would have done it
@@ -293,10 +286,10 @@ def script(path):
     (lambda path: torch.save({0: torch.ones(2)}, path), 'no state dict'),
 ], ids=['missing', 'folder', 'empty', 'text', 'zip header', 'bytes', 'cut zip', 'cut old', 'TorchScript', 'list',
         'tensor', 'tensor as state dict', 'nothing', 'numbers'])
-def test_file_of_the_wrong_kind_is_refused_in_one_line(tool, tmp_path, capsys, recwarn, make, said):
+def test_file_of_the_wrong_kind_is_refused_in_one_line(tmp_path, capsys, recwarn, make, said):
     make(tmp_path / 'best.pth')
     recwarn.clear()
-    wrong = assert_refused(tool, capsys, tmp_path / 'best.pth')
+    wrong = assert_refused(capsys, tmp_path / 'best.pth')
     assert said in wrong and wrong.count('\n') == 1 and 'weights_only=False' not in wrong
     assert not recwarn.list
 
@@ -310,13 +303,13 @@ def test_file_of_the_wrong_kind_is_refused_in_one_line(tool, tmp_path, capsys, r
     (NAME, 'no/such', ['no folder']),
     (NAME, '.', ['empty']),
 ])
-def test_command_line_that_cannot_work_is_refused(tool, tmp_path, capsys, monkeypatch, name, out, said):
+def test_command_line_that_cannot_work_is_refused(tmp_path, capsys, monkeypatch, name, out, said):
     (tmp_path / 'full').mkdir()
     (tmp_path / 'full' / 'file').write_text('mine')
     (tmp_path / 'here').mkdir()
     monkeypatch.chdir(tmp_path / 'here')
     with pytest.raises(SystemExit) as exit:
-        tool.main(arguments('best.pth', '.' if out == '.' else tmp_path / out, name))
+        convert_san.main(arguments('best.pth', '.' if out == '.' else tmp_path / out, name))
     assert exit.value.code == 2
     message = capsys.readouterr().err
     assert all(word in message for word in said)
@@ -327,27 +320,27 @@ def test_command_line_that_cannot_work_is_refused(tool, tmp_path, capsys, monkey
 # What goes wrong on the way
 
 
-def test_difference_found_by_verify_fails_and_leaves_nothing(tool, place, weights, capsys, monkeypatch):
-    save_file = tool.save_file
+def test_difference_found_by_verify_fails_and_leaves_nothing(place, weights, capsys, monkeypatch):
+    save_file = convert_san.save_file
 
     def save_another(tensors, *args, **kwargs):
         save_file({**tensors, 'fc.bias': tensors['fc.bias'] + 0.5}, *args, **kwargs)
 
-    monkeypatch.setattr(tool, 'save_file', save_another)
+    monkeypatch.setattr(convert_san, 'save_file', save_another)
     torch.save(weights, place / 'best.pth')
-    assert tool.main([*arguments(place / 'best.pth', place / 'out'), '--verify']) == 1
+    assert convert_san.main([*arguments(place / 'best.pth', place / 'out'), '--verify']) == 1
     assert re.search(r'difference of the logits after conversion 0\.5\d*, should be 0\.0', capsys.readouterr().err)
     assert [p.name for p in place.iterdir()] == ['best.pth']
 
 
-def test_interrupted_conversion_leaves_nothing(tool, place, monkeypatch):
+def test_interrupted_conversion_leaves_nothing(place, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
     torch.save(hollow(NAME), place / 'best.pth')
     monkeypatch.setattr(os, 'replace', interrupt)  # the last step, with everything written
     with pytest.raises(KeyboardInterrupt):
-        tool.main(arguments(place / 'best.pth', place / 'out'))
+        convert_san.main(arguments(place / 'best.pth', place / 'out'))
     assert [p.name for p in place.iterdir()] == ['best.pth']
 
 

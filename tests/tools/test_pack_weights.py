@@ -1,27 +1,20 @@
 """Packing a checkpoint of timm's train.py: what is kept of it, what is measured and recorded."""
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
+import pack_weights
 import pytest
 import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-TOOL = Path(__file__).parents[2] / 'tools' / 'pack_weights.py'
-
 
 @pytest.fixture
-def tool(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location('pack_weights', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, 'pack_weights', module)
-    spec.loader.exec_module(module)
+def weights(tmp_path, monkeypatch):
+    """Folder that takes the place of the package's."""
     (tmp_path / 'weights').mkdir()
-    monkeypatch.setattr(module, 'WEIGHTS', tmp_path / 'weights')
-    return module
+    monkeypatch.setattr(pack_weights, 'WEIGHTS', tmp_path / 'weights')
+    return tmp_path / 'weights'
 
 
 @pytest.fixture
@@ -34,9 +27,9 @@ def images(tmp_path):
     return tmp_path / 'data'
 
 
-def test_packed_file_holds_matrices_in_half_precision_and_all_else_as_it_is(tool, tmp_path):
+def test_packed_file_holds_matrices_in_half_precision_and_all_else_as_it_is(tmp_path):
     state = timm.create_model('gsa_resnet_tiny').state_dict()
-    tool.pack(state, tmp_path / 'x.safetensors')
+    pack_weights.pack(state, tmp_path / 'x.safetensors')
     packed = load_file(tmp_path / 'x.safetensors')
     assert packed.keys() == state.keys()
     for key, tensor in state.items():
@@ -45,21 +38,21 @@ def test_packed_file_holds_matrices_in_half_precision_and_all_else_as_it_is(tool
     assert [path.name for path in tmp_path.glob('*x.safetensors*')] == ['x.safetensors']
 
 
-def test_baseline_is_measured_and_recorded_without_its_weights(tool, images, tmp_path, capsys):
+def test_baseline_is_measured_and_recorded_without_its_weights(weights, images, tmp_path, capsys):
     arguments = dict(layers=(1, 1, 1, 1), channels=(8, 8, 8, 8), stem_width=8)
     model = timm.create_model('resnet26', num_classes=100, **arguments)
     with torch.no_grad():
         model.fc.weight.zero_()
         model.fc.bias.copy_(torch.arange(100) == 1)  # always the second class
     torch.save({'state_dict': model.state_dict()}, tmp_path / 'best.pth.tar')
-    (tmp_path / 'weights' / 'c100.json').write_text('{"recipe": {}, "models": {"other": {}}}')
-    tool.main([
+    (weights / 'c100.json').write_text('{"recipe": {}, "models": {"other": {}}}')
+    pack_weights.main([
         str(tmp_path / 'best.pth.tar'), 'gsa_resnet_tiny.c100', '--data-dir', str(images), '--split', 'val',
         '--note', 'cut off', '--baseline', 'resnet26',
         '--model-kwargs', *(f'{key}={value}'.replace(' ', '') for key, value in arguments.items()),
     ])
-    assert [path.name for path in (tmp_path / 'weights').iterdir()] == ['c100.json']
-    results = json.loads((tmp_path / 'weights' / 'c100.json').read_text())
+    assert [path.name for path in weights.iterdir()] == ['c100.json']
+    results = json.loads((weights / 'c100.json').read_text())
     assert list(results) == ['recipe', 'models'] and list(results['models']) == ['other', 'baseline']
     baseline = results['models']['baseline']
     assert (baseline['images'], baseline['top1']) == (6, 33.33)

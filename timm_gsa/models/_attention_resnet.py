@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from timm.layers import get_norm_layer
-from timm.models.resnet import Bottleneck, ResNet
+from timm.models.resnet import Bottleneck, ResNet, downsample_conv
 
 __all__ = ['AttentionResNet']
 
@@ -31,11 +31,15 @@ class AttentionResNet(ResNet):
                 # Stride became dilation between stages of one width, where timm needs no convolution in the shortcut.
                 # Weights trained at stride 32 have one.
                 weight = block.conv1.weight
-                dd: dict[str, Any] = {'device': weight.device, 'dtype': weight.dtype}
-                conv = nn.Conv2d(weight.shape[1], weight.shape[1], kernel_size=1, bias=False, **dd)
-                nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
-                norm_layer = get_norm_layer(kwargs.get('norm_layer', nn.BatchNorm2d))
-                block.downsample = nn.Sequential(conv, norm_layer(weight.shape[1], **dd))
+                block.downsample = downsample_conv(
+                    weight.shape[1],
+                    weight.shape[1],
+                    kernel_size=1,
+                    norm_layer=get_norm_layer(kwargs.get('norm_layer', nn.BatchNorm2d)),
+                    device=weight.device,
+                    dtype=weight.dtype,
+                )
+                nn.init.kaiming_normal_(block.downsample[0].weight, mode='fan_out', nonlinearity='relu')
 
     def replace_convs(self, stages: Sequence[int], attn_layer: Callable[[nn.Conv2d, int, int], nn.Module]) -> None:
         """Put attention in the place of convolutions; for the constructor of a subclass.

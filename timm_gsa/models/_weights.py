@@ -17,7 +17,7 @@ import torch.nn as nn
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 
-__all__ = ['ORGANIZATION', 'WEIGHTS_NAME', 'checked', 'fetch_weights', 'hub_id', 'recorded']
+__all__ = ['ORGANIZATION', 'WEIGHTS_NAME', 'checked', 'fetch_weights', 'git_sha1', 'hub_id', 'recorded']
 
 ORGANIZATION = 'timm-gsa'  # on the Hugging Face Hub
 WEIGHTS_NAME = 'model.safetensors'
@@ -98,8 +98,9 @@ def _check_digest(path: Path, filename: str, model_id: str, pinned: str | None =
     # A file in the cache bears the name by which the Hub knows its content: SHA-256, or SHA-1 as git computes it.
     blob = path.resolve()
     data = blob.read_bytes()
-    for expected, actual in ((pinned, [hashlib.sha256(data).hexdigest()]), (blob.name, _digests(blob.name, data))):
-        if not expected or not actual or expected in actual:
+    for expected in dict.fromkeys((pinned or blob.name, blob.name)):
+        actual = _digests(expected, data)
+        if not actual or expected in actual:
             continue
         advice = 'It was deleted from the cache; try again to download it anew.'
         try:
@@ -116,10 +117,15 @@ def _digests(name: str, data: bytes) -> list[str]:
     if re.fullmatch('[0-9a-f]{64}', name):
         return [hashlib.sha256(data).hexdigest()]
     if re.fullmatch('[0-9a-f]{40}', name):  # some mirrors give the plain SHA-1
-        blob = hashlib.sha1(b'blob %d\0' % len(data), usedforsecurity=False)
-        blob.update(data)
-        return [blob.hexdigest(), hashlib.sha1(data, usedforsecurity=False).hexdigest()]
+        return [git_sha1(data), hashlib.sha1(data, usedforsecurity=False).hexdigest()]
     return []
+
+
+def git_sha1(data: bytes) -> str:
+    """Name that git, and so the Hub, gives to a file's content."""
+    digest = hashlib.sha1(b'blob %d\0' % len(data), usedforsecurity=False)
+    digest.update(data)
+    return digest.hexdigest()
 
 
 def checked(filter_fn: Callable[..., dict[str, Any]] | None) -> Callable[..., dict[str, Any]]:

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs
-from timm.models._builder import resolve_pretrained_cfg
+from timm.models._builder import _resolve_pretrained_source, resolve_pretrained_cfg
 
 from ._cifar100 import CIFAR100_LABELS, CIFAR100_MEAN, CIFAR100_STD
 from ._weights import checked, fetch_weights, hub_id
@@ -74,12 +74,13 @@ def create_from_zoo(
             pretrained_cfg=kwargs.get('pretrained_cfg'),
             pretrained_cfg_overlay=kwargs.get('pretrained_cfg_overlay'),
         )
-        if not (cfg.has_weights or cfg.state_dict or cfg.source):
+        load_from, _ = _resolve_pretrained_source(vars(cfg))
+        if not load_from:
             raise RuntimeError(
                 f'No pretrained weights are published for {variant}; '
                 f'of this zoo, {", ".join(sorted(_PRETRAINED))} have some. {advice}'
             )
-        if cfg.source == 'hf-hub' or (cfg.hf_hub_id and not (cfg.state_dict or cfg.file or cfg.source)):
+        if load_from == 'hf-hub':
             checked_id = fetch_weights(cfg.hf_hub_id, variant, cfg.hf_hub_filename, kwargs.get('cache_dir'))
             # timm looks the weights up once more: let it find those that were checked, whatever the Hub has by then.
             kwargs['pretrained_cfg_overlay'] = {**(kwargs.get('pretrained_cfg_overlay') or {}), 'hf_hub_id': checked_id}
