@@ -97,10 +97,14 @@ class GlobalSelfAttention(nn.Module):
                 state_dict[prefix + name] = resize_relative_table(given, (table.shape[0] + 1) // 2)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def project(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Query, key and value of a map (B, C, H, W), each (B, heads, C / heads, H, W)."""
+        batch, _, height, width = x.shape
+        return self.qkv(x).reshape(batch, 3, self.num_heads, self.head_dim, height, width).unbind(1)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, _, height, width = x.shape
-        qkv = self.qkv(x).reshape(batch, 3, self.num_heads, self.head_dim, height, width)
-        query, key, value = qkv.unbind(1)
+        query, key, value = self.project(x)
         rel_h = resize_relative_table(self.rel_h, height).to(query.dtype)
         rel_w = resize_relative_table(self.rel_w, width).to(query.dtype)
         content = content_attention(query, key, value)

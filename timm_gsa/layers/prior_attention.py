@@ -96,9 +96,12 @@ class PriorAttention(nn.Module):
             nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
         nn.init.constant_(self.radius, self.init_radius)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        attended = x
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        """Values of the attention branch, (B, attended channels, ceil(H / stride), ceil(W / stride))."""
         if self.stride == 2:
-            attended = F.avg_pool2d(x, 3, 2, padding=1, count_include_pad=False)
-        attended = gaussian_attention(self.value(attended), self.radius, self.attn_dilation)
+            x = F.avg_pool2d(x, 3, 2, padding=1, count_include_pad=False)
+        return self.value(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        attended = gaussian_attention(self.project(x), self.radius, self.attn_dilation)
         return torch.cat([self.conv(x), self.proj(attended)], dim=1)
