@@ -245,7 +245,9 @@ def attention_rollout(
         steps = []
         for name, step in dropwhile(lambda item: item[1] is None, results.items()):  # behind the stem
             if step is None:
-                raise ValueError(f'model must mix positions by attention alone for a rollout, but {name} convolves them')
+                raise ValueError(
+                    f'model must mix positions by attention alone for a rollout, but {name} is a convolution'
+                )
             steps.append(step)
         out_size = steps[-1].out_size
         area = out_size[0] * out_size[1]
