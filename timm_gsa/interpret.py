@@ -43,6 +43,7 @@ class LayerAttention:
         stride: Pixels of the image to a position of the attended map, along height and width. Where the map does not
             divide the image this is the mean distance, not a whole number.
         cells: Row and column of each query position on the output map, int64 of shape (P, 2).
+        normalised: Whether the weights of a position are positive and sum to 1; else they are signed.
     """
 
     layer: str
@@ -50,6 +51,7 @@ class LayerAttention:
     out_size: tuple[int, int]
     stride: tuple[float, float]
     cells: torch.Tensor
+    normalised: bool
 
     @property
     def maps(self) -> dict[str, torch.Tensor]:
@@ -273,10 +275,15 @@ class _Frame:
     image_size: Sequence[int]
     cells: torch.Tensor
 
-    def fields(self, feat_size: tuple[int, int]) -> dict[str, Any]:
-        stride = (self.image_size[0] / feat_size[0], self.image_size[1] / feat_size[1])
+    def fields(self, feat_size: tuple[int, int], normalised: bool) -> dict[str, Any]:
         return dict(
-            layer=self.layer, feat_size=feat_size, out_size=self.out_size, stride=stride, cells=self.cells)
+            layer=self.layer,
+            feat_size=feat_size,
+            out_size=self.out_size,
+            stride=(self.image_size[0] / feat_size[0], self.image_size[1] / feat_size[1]),
+            cells=self.cells,
+            normalised=normalised,
+        )
 
 
 def _read_global(frame: _Frame, layer: GlobalSelfAttention, x: torch.Tensor) -> GlobalMaps:
@@ -299,7 +306,7 @@ def _read_global(frame: _Frame, layer: GlobalSelfAttention, x: torch.Tensor) -> 
         in_column = F.one_hot(columns, width).to(share) * share[..., None]
         constant = torch.einsum('ps,bhpsj->bhp', share, along_row).repeat_interleave(layer.head_dim, dim=1)
         return GlobalMaps(
-            **frame.fields(feat_size),
+            **frame.fields(feat_size, normalised=False),
             content=content.unflatten(-1, feat_size),
             column=torch.einsum('bhpsi,psj->bhpij', own_column, in_column),
             row=torch.einsum('bhpsj,psi->bhpij', along_row, in_row),
@@ -327,7 +334,7 @@ def _read_neighbourhood(
     on_map = places.new_zeros(*places.shape[:3], height * width)
     on_map.scatter_add_(-1, target.expand_as(places), places)
     return NeighbourhoodMaps(
-        **frame.fields(feat_size),
+        **frame.fields(feat_size, normalised=isinstance(layer, PairwiseAttention)),
         places=places.unflatten(-1, (layer.kernel_size, layer.kernel_size)),
         weight=on_map.unflatten(-1, feat_size),
     )
@@ -340,7 +347,7 @@ def _read_gaussian(frame: _Frame, layer: PriorAttention, x: torch.Tensor) -> Gau
         across = gaussian_weight(width, layer.radius, layer.attn_dilation)[frame.cells[:, 1]]
         weight = down[:, :, None] * across[:, None, :]
     return GaussianMaps(
-        **frame.fields(frame.out_size),
+        **frame.fields(frame.out_size, normalised=True),
         weight=weight.expand(x.shape[0], 1, -1, -1, -1),
         radius=layer.radius.item(),
         dilation=layer.attn_dilation,

@@ -2,8 +2,13 @@
 
     python tools/classify.py
     python tools/classify.py photo.jpg other.png --model san_tiny_patchwise --top-k 3 --save-dir out
+    python tools/classify.py photo.jpg --where
+    python tools/classify.py photo.jpg --checkpoint output/train/ten/model_best.pth.tar --classes DIR/train
 """
 import argparse
+import importlib.util
+import math
+import pickle
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,14 +17,18 @@ from typing import Any
 
 import timm
 import torch
+from _attention_figure import draw_panel, relevance_panel
 from _files import written_whole
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from safetensors import SafetensorError
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
+from timm.data.readers.reader_image_folder import find_images_and_targets
 
 import timm_gsa  # noqa: F401  registers the models where autoload is switched off
 
 PHOTOS = Path(__file__).parent / 'photos'
 PICTURE_HEIGHT = 320  # pixels
+VIEW_SIZE = 448  # pixels, about
 
 
 @dataclass(frozen=True)
@@ -31,19 +40,68 @@ class Prediction:
 
 
 class Classifier:
-    """A pretrained timm model with its own preprocessing and class names.
+    """A timm model with its own preprocessing and class names.
 
     Args:
         name: Name of the model for `timm.create_model`.
+        checkpoint: File of timm's train.py or safetensors with the weights; the pretrained ones where None.
+        classes: Where the names of the classes are: a folder with a folder for each, as the model was trained on, or a
+            text file with a name on each line. Those of the pretrained weights where None.
+        img_size: Height and width of the model's input in pixels; the size it was trained on where None.
 
     Raises:
-        RuntimeError: There is no such model, or no weights for it.
+        RuntimeError: There is no such model, no weights for it, or they do not fit.
+        ValueError: `classes` names none.
+        OSError: A file is missing or unreadable.
     """
 
-    def __init__(self, name: str) -> None:
-        self.model = timm.create_model(name, pretrained=True).eval()
-        self.transform = create_transform(**resolve_model_data_config(self.model))
-        self.class_names = class_names(self.model)
+    def __init__(
+            self,
+            name: str,
+            checkpoint: Path | None = None,
+            classes: Path | None = None,
+            img_size: int | None = None,
+    ) -> None:
+        names = None if classes is None else read_class_names(classes)
+        self.model = timm.create_model(name, pretrained=checkpoint is None, num_classes=names and len(names)).eval()
+        if checkpoint is not None:
+            load_weights(self.model, checkpoint)
+        config = resolve_model_data_config(self.model, {} if img_size is None else {'img_size': img_size})
+        self._geometry = config
+        self.transform = create_transform(**config)
+        self.class_names = names or class_names(self.model)
+        # The part of a photo that the model sees is shown larger, by a whole factor.
+        self.view_scale = max(1, round(VIEW_SIZE / min(config['input_size'][1:])))
+        height, width = (self.view_scale * size for size in config['input_size'][1:])
+        self._view = create_transform(**{**config, 'input_size': (3, height, width)}, normalize=False)
+
+    def view(self, photo: Image.Image) -> Image.Image:
+        """The part of an RGB photo that the model sees, at `view_scale` times the size of its input."""
+        return Image.fromarray(self._view(photo).permute(1, 2, 0).numpy())
+
+    def locate(self, photo: Image.Image, point: tuple[float, float]) -> tuple[float, float]:
+        """Where a pixel (x, y) of the photo lies in `view`, in pixels of that.
+
+        Raises:
+            ValueError: The model does not see it, or crops in a way that is not known here.
+        """
+        height, width = self._geometry['input_size'][1:]
+        factors = [math.floor(size / self._geometry['crop_pct']) / of
+                   for size, of in zip((width, height), photo.size, strict=True)]
+        if self._geometry['crop_mode'] == 'center':
+            factors = [max(factors)] * 2
+        elif self._geometry['crop_mode'] != 'squash':
+            raise ValueError(f"crop_mode must be 'center' or 'squash', got {self._geometry['crop_mode']!r}")
+        x, y = (
+            (at + 0.5 - of / 2) * factor + size / 2
+            for at, of, factor, size in zip(point, photo.size, factors, (width, height), strict=True))
+        if not (0 <= x < width and 0 <= y < height):
+            raise ValueError(
+                f'point must lie in what the model sees, the middle {min(photo.width, width / factors[0]):.0f} x '
+                f'{min(photo.height, height / factors[1]):.0f} pixels of {photo.width} x {photo.height}, '
+                f'got {point[0]:g} {point[1]:g}'
+            )
+        return x * self.view_scale, y * self.view_scale
 
     @torch.inference_mode()
     def predict(self, image: Image.Image, top_k: int) -> list[Prediction]:
@@ -54,10 +112,46 @@ class Classifier:
         return [Prediction(name, value) for name, value in zip(names, values.tolist(), strict=True)]
 
 
+def load_weights(model: torch.nn.Module, path: Path) -> None:
+    """Load a checkpoint of timm's train.py or a safetensors file; nothing in it is executed.
+
+    Raises:
+        RuntimeError: It is no checkpoint, or does not fit the model.
+        OSError: It is missing or unreadable.
+    """
+    try:
+        # timm of this package's floor would unpickle anything; train.py stores its arguments as a Namespace.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            timm.models.load_checkpoint(model, str(path), weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f'checkpoint {path} does not exist') from None
+    except (pickle.UnpicklingError, SafetensorError, EOFError) as error:
+        raise RuntimeError(f'checkpoint {path} is not one that can be loaded safely: {error}') from error
+    except RuntimeError as error:
+        raise RuntimeError(f'checkpoint {path} does not fit the model: {error}') from error
+
+
+def read_class_names(path: Path) -> list[str]:
+    """Names of classes in their order, from a folder as timm reads it or a text file with a name on each line.
+
+    Raises:
+        ValueError: There is none, or the file is not UTF-8.
+        OSError: The path is missing or unreadable.
+    """
+    if path.is_dir():
+        index = find_images_and_targets(str(path))[1]
+        names = sorted(index, key=index.__getitem__)
+    else:
+        names = [line.strip() for line in path.read_text(encoding='utf-8').splitlines() if line.strip()]
+    if not names:
+        raise ValueError(f'classes must be a folder of folders or a file of names, found none in {path}')
+    return [name.replace('_', ' ') for name in names]
+
+
 def class_names(model: Any) -> list[str]:
     """Readable names of a model's classes: from its pretrained config, of ImageNet, else their numbers."""
     names = model.pretrained_cfg.get('label_names')
-    if names:
+    if names and len(names) == model.num_classes:
         return [name.replace('_', ' ') for name in names]
     subset = infer_imagenet_subset(model)
     if subset:
@@ -79,15 +173,23 @@ def read_image(path: Path) -> Image.Image:
         raise ValueError(str(error)) from error
 
 
-def draw(image: Image.Image, predictions: Sequence[Prediction], title: str) -> Image.Image:
-    """The photo with the predictions as bars beside it."""
-    photo = ImageOps.contain(image, (2 * PICTURE_HEIGHT, PICTURE_HEIGHT))
+def draw(
+        image: Image.Image,
+        predictions: Sequence[Prediction],
+        title: str,
+        beside: Image.Image | None = None,
+) -> Image.Image:
+    """The photo, a picture beside it if there is one, and the predictions as bars."""
     bar_width, row = 180, 44
     height = max(PICTURE_HEIGHT, 60 + row * len(predictions))
-    canvas = Image.new('RGB', (photo.width + bar_width + 190, height), 'white')
-    canvas.paste(photo, (0, (height - photo.height) // 2))
+    pictures = [ImageOps.contain(each, (2 * PICTURE_HEIGHT, PICTURE_HEIGHT)) for each in (image, beside) if each]
+    left = sum(picture.width + 20 for picture in pictures)
+    canvas = Image.new('RGB', (left + bar_width + 170, height), 'white')
+    across = 0
+    for picture in pictures:
+        canvas.paste(picture, (across, (height - picture.height) // 2))
+        across += picture.width + 20
     pen = ImageDraw.Draw(canvas)
-    left = photo.width + 20
     pen.text((left, 16), title, fill='#666666', font=ImageFont.load_default(14))
     for i, prediction in enumerate(predictions):
         top = 50 + i * row
@@ -122,6 +224,23 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `Classifier` beside the model's name, for a command line."""
+    parser.add_argument(
+        '--checkpoint', metavar='FILE', type=Path, help="weights of timm's train.py or in safetensors; else pretrained")
+    parser.add_argument(
+        '--classes', metavar='PATH', type=Path,
+        help='names of its classes: the folder it was trained on, or a file with a name on each line')
+    parser.add_argument('--img-size', metavar='PIXELS', type=positive, help="input size; the model's own if not given")
+
+
+def require_extra(what: str) -> None:
+    """Raise RuntimeError with advice where the libraries for figures are not installed."""
+    missing = [name for name in ('matplotlib', 'pytorch_grad_cam') if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RuntimeError(f'{what} needs {" and ".join(missing)}: pip install -e ".[interpret]"')
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Classify the images of a command line.
 
@@ -131,15 +250,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=(__doc__ or '').partition('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('images', metavar='IMAGE', nargs='*', type=Path, help='photos; those beside this tool if none')
-    parser.add_argument('--model', default='gsa_resnet_tiny', help='any pretrained timm model')
+    parser.add_argument('--model', default='gsa_resnet_tiny', help='any timm model')
+    add_model_arguments(parser)
     parser.add_argument('--top-k', metavar='K', type=positive, default=5, help='classes to name')
+    parser.add_argument(
+        '--where', action='store_true', help='draw where it looked for its best class (needs the extra interpret)')
     parser.add_argument(
         '--save-dir', metavar='DIR', type=Path, default=Path('output', 'classify'), help='where pictures are written')
     args = parser.parse_args(argv)
     try:
-        classifier = Classifier(args.model)
+        if args.where:
+            require_extra('--where')
+        classifier = Classifier(args.model, args.checkpoint, args.classes, args.img_size)
         args.save_dir.mkdir(parents=True, exist_ok=True)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         parser.exit(2, f'{parser.prog}: error: {error}\n')
 
     failed = False
@@ -148,8 +272,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             image = read_image(path)
             predictions = classifier.predict(image, args.top_k)
+            where = None
+            if args.where:
+                panel = relevance_panel(classifier, image, predictions[0].name)
+                where = draw_panel(classifier.view(image), panel, None, PICTURE_HEIGHT)
             target = free_name(args.save_dir, path.stem, taken)
-            save(draw(image, predictions, args.model), target)
+            save(draw(image, predictions, args.model, where), target)
         except (OSError, ValueError) as error:
             reason = getattr(error, 'strerror', None) or error
             print(f'{path}: not classified: {reason}', file=sys.stderr)
