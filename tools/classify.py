@@ -67,12 +67,13 @@ class Classifier:
         if checkpoint is not None:
             load_weights(self.model, checkpoint)
         config = resolve_model_data_config(self.model, {} if img_size is None else {'img_size': img_size})
-        self._geometry = config
+        self.input_size: tuple[int, int, int] = config['input_size']
+        self._crop_pct, self._crop_mode = config['crop_pct'], config['crop_mode']
         self.transform = create_transform(**config)
         self.class_names = names or class_names(self.model)
         # The part of a photo that the model sees is shown larger, by a whole factor.
-        self.view_scale = max(1, round(VIEW_SIZE / min(config['input_size'][1:])))
-        height, width = (self.view_scale * size for size in config['input_size'][1:])
+        self.view_scale = max(1, round(VIEW_SIZE / min(self.input_size[1:])))
+        height, width = (self.view_scale * size for size in self.input_size[1:])
         self._view = create_transform(**{**config, 'input_size': (3, height, width)}, normalize=False)
 
     def view(self, photo: Image.Image) -> Image.Image:
@@ -85,13 +86,13 @@ class Classifier:
         Raises:
             ValueError: The model does not see it, or crops in a way that is not known here.
         """
-        height, width = self._geometry['input_size'][1:]
-        factors = [math.floor(size / self._geometry['crop_pct']) / of
-                   for size, of in zip((width, height), photo.size, strict=True)]
-        if self._geometry['crop_mode'] == 'center':
+        height, width = self.input_size[1:]
+        factors = [
+            math.floor(size / self._crop_pct) / of for size, of in zip((width, height), photo.size, strict=True)]
+        if self._crop_mode == 'center':
             factors = [max(factors)] * 2
-        elif self._geometry['crop_mode'] != 'squash':
-            raise ValueError(f"crop_mode must be 'center' or 'squash', got {self._geometry['crop_mode']!r}")
+        elif self._crop_mode != 'squash':
+            raise ValueError(f"crop_mode must be 'center' or 'squash', got {self._crop_mode!r}")
         x, y = (
             (at + 0.5 - of / 2) * factor + size / 2
             for at, of, factor, size in zip(point, photo.size, factors, (width, height), strict=True))
