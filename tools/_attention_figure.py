@@ -114,6 +114,7 @@ def relevance_panel(classifier: Classifier, photo: Image.Image, best: str) -> Pa
         raise ValueError(f'model must name its feature maps (feature_info), {type(model).__name__} does not')
     with torch.inference_mode(False), LayerCAM(model, [model.get_submodule(name) for name in names]) as cam:
         relevance = cam(classifier.transform(photo).unsqueeze(0), targets=None)[0]
+    model.zero_grad()
     detail = f'LayerCAM of {len(names)} feature maps'
     return Panel('relevance', f'relevance for {best}', detail, 100 * relevance, RELEVANCE)
 

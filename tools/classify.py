@@ -126,10 +126,11 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
             timm.models.load_checkpoint(model, str(path), weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f'checkpoint {path} does not exist') from None
-    except (pickle.UnpicklingError, SafetensorError, EOFError) as error:
-        raise RuntimeError(f'checkpoint {path} is not one that can be loaded safely: {error}') from error
-    except RuntimeError as error:
-        raise RuntimeError(f'checkpoint {path} does not fit the model: {error}') from error
+    except (pickle.UnpicklingError, SafetensorError, EOFError, RuntimeError) as error:
+        broken = any(not isinstance(each, RuntimeError) for each in (error, error.__cause__) if each)
+        what = 'is not one that can be loaded safely' if broken else 'does not fit the model'
+        reason = str(error).partition('. ')[0]  # what follows is advice to switch the protection off
+        raise RuntimeError(f'checkpoint {path} {what}: {reason}') from error
 
 
 def read_class_names(path: Path) -> list[str]:
