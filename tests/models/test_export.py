@@ -28,6 +28,14 @@ def test_export_with_dynamic_batch(model, strict):
     assert_same(model, program.module(), images(1), images(3))
 
 
+def test_export_with_dynamic_size_from_the_size_the_model_is_built_for(model):
+    if torch.__version__.startswith('2.5.'):
+        pytest.skip('torch 2.5 has no Dim.DYNAMIC')
+    axes = {axis: Dim.DYNAMIC for axis in (0, 2, 3)}
+    program = export(model, (images(2),), strict=False, dynamic_shapes={'x': axes})
+    assert_same(model, program.module(), images(2), images(3, 96, 64), images(2, 80, 112), images(1, 64, 97))
+
+
 def test_exported_program_survives_a_file(model):
     file = io.BytesIO()
     torch.export.save(export(model, (images(2),), strict=False), file)

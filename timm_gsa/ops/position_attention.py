@@ -65,7 +65,7 @@ def resize_relative_table(table: torch.Tensor, length: int) -> torch.Tensor:
     """
     rows = table.shape[0]
     new_rows = 2 * length - 1
-    if rows == new_rows:
+    if _same(rows, new_rows):
         return table
     wide = torch.float64 if table.dtype == torch.float64 else torch.float32
     source = table.t().unsqueeze(0).to(wide)
@@ -74,6 +74,25 @@ def resize_relative_table(table: torch.Tensor, length: int) -> torch.Tensor:
     else:
         resized = F.interpolate(source, size=new_rows, mode='linear', align_corners=True)
     return (resized.squeeze(0).t() * ((rows + 1) / (new_rows + 1))).to(table.dtype)
+
+
+def _same(rows: int, new_rows: int) -> bool:
+    if not torch.jit.is_scripting():
+        if torch.compiler.is_compiling():
+            return _known_to_be_the_same(rows, new_rows)
+    return rows == new_rows
+
+
+@torch.jit.unused
+def _known_to_be_the_same(rows: int, new_rows: int) -> bool:
+    """Whether the numbers are equal; false where a program that is exported or compiled leaves one open.
+
+    To ask for their equality would tie the program to the size it was made at; ONNX graphs would then be wrong at other
+    sizes without an error.
+    """
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # takes long to import
+
+    return statically_known_true(rows == new_rows)
 
 
 def _check(query: torch.Tensor, table: torch.Tensor) -> None:
