@@ -20,6 +20,7 @@ from typing import Any
 try:
     import gradio as gr
     from gradio_client.utils import is_http_url_like, traverse
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
@@ -28,7 +29,7 @@ except ModuleNotFoundError as error:
     sys.exit(f'{Path(__file__).name}: error: {error.name} is not installed: pip install -e ".[demo]"')
 
 import numpy as np
-from _attention_figure import Panel, draw_on, panels, rendered
+from _attention_figure import Panel, draw_on, panels
 from classify import PHOTOS, Classifier
 from PIL import Image, ImageDraw, ImageOps
 
@@ -139,7 +140,9 @@ def drawn(view: Image.Image, panel: Panel, point: tuple[float, float]) -> Image.
     figure = Figure(figsize=(width, height + labels), dpi=100)
     axes = figure.add_axes((0, labels / (height + labels), 1, height / (height + labels)))
     draw_on(axes, view, replace(panel, title='', detail=''), point, font_size=15)
-    return rendered(figure)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert('RGB')
 
 
 def maps_html(view: Image.Image, shown: Sequence[Panel], point: tuple[float, float]) -> str:
@@ -186,7 +189,7 @@ class Page(gr.Blocks):
                         buttons=[],
                         height=254,
                         label='Your photo',
-                        placeholder=f'# Drop a photo, or click\n{ALLOWED}',
+                        placeholder=f'# Drop a photo, or click\n({ALLOWED})',
                         elem_id='drop',
                     )
                     examples = gr.Dataset(
@@ -215,6 +218,7 @@ class Page(gr.Blocks):
                 concurrency_id='model',
                 concurrency_limit=1,
                 show_progress_on=self.view,
+                api_visibility='private',
             )
             state = [self.model, self.path, self.spot]
             self.load(self._show, state, **common)
@@ -308,7 +312,7 @@ def launch(page: Page, host: str, port: int, folder: Path) -> None:
         OSError: It cannot listen there.
     """
     page.launch(
-        server_name=host,
+        server_name=f'[{host}]' if ':' in host else host,
         server_port=port,
         share=False,
         quiet=True,
@@ -361,8 +365,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         page = Page(classifiers)
         try:
             launch(page, args.host, args.port, Path(folder))
-        except OSError as error:
-            parser.exit(2, f'{parser.prog}: error: cannot listen on {args.host}:{args.port}: {error}\n')
+        except OSError:
+            parser.exit(2, (
+                f'{parser.prog}: error: cannot listen on {args.host}:{args.port}, which has to be an address of this '
+                'machine and a port that no other program listens on\n'))
         print(f'{page.local_url} shows the page until Ctrl-C', flush=True)
         page.block_thread()
     return 0
