@@ -1,4 +1,4 @@
-"""Open a page to click through: choose a model, drop a photo, click on it and see what that place attends to.
+"""Serve a page to click through: choose a model, drop a photo, click on it and see what that place attends to.
 
     python tools/demo.py
     python tools/demo.py --model gsa_resnet_tiny --model san_tiny_patchwise --port 8000
@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -294,8 +295,9 @@ class UploadGuard:
 
         if scope['type'] == 'http' and scope['path'].endswith('/upload'):
             for part in self.folder.glob('tmp*'):
-                if part.stat().st_mtime < time.time() - KEEP_SECONDS:
-                    part.unlink(missing_ok=True)
+                with suppress(FileNotFoundError):  # it has just been completed and renamed
+                    if part.stat().st_mtime < time.time() - KEEP_SECONDS:
+                        part.unlink()
         await self.app(scope, limited, send)
 
 
