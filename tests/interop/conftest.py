@@ -17,6 +17,13 @@ def offline(monkeypatch):
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
 
 
+@pytest.fixture(autouse=True)
+def named(request):
+    """Sees to it that each test has its row."""
+    yield
+    assert 'library' in dict(request.node.user_properties)
+
+
 @pytest.fixture
 def needs(record_property):
     """Names the test's row of the README's table; gives the library, or skips the test where it is missing."""
