@@ -13,12 +13,11 @@ from pathlib import Path
 
 import timm
 from _cost import parameters_and_multiply_adds
-from _files import written_whole
+from _readme import Section, add_modes, settle
 
 import timm_gsa
 
-README = Path(__file__).parents[1] / 'README.md'
-BEGIN, END = '<!-- model table: tools/model_table.py -->', '<!-- end of model table -->'
+SECTION = Section('<!-- model table: tools/model_table.py -->', '<!-- end of model table -->')
 
 # ImageNet-1k top-1 of the papers, each with what it rests on. None was measured here: no ImageNet was at hand.
 PAPER = {
@@ -66,24 +65,8 @@ def _row(name: str, size: int, cost: tuple[int, int], paper: str, measured: dict
 def main(argv: Sequence[str] | None = None) -> int:
     """Print, check or write the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or '').partition('\n')[0])
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument('--check', action='store_true', help='exit 1 where README.md holds another table')
-    mode.add_argument('--write', action='store_true', help='put the table into README.md')
-    args = parser.parse_args(argv)
-    wanted = table()
-    if not (args.check or args.write):
-        print(wanted)
-        return 0
-    text = README.read_text()
-    before, _, rest = text.partition(BEGIN)
-    current, _, after = rest.partition(END)
-    if args.check:
-        if current.strip() != wanted:
-            print(f'{README.name} holds another table; renew it with --write')
-        return int(current.strip() != wanted)
-    with written_whole(README) as temporary:
-        temporary.write_text(f'{before}{BEGIN}\n{wanted}\n{END}{after}')
-    return 0
+    add_modes(parser)
+    return settle(parser.parse_args(argv), SECTION, table())
 
 
 if __name__ == '__main__':

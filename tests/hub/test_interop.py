@@ -6,6 +6,7 @@ import sys
 import threading
 from pathlib import Path
 
+import interop_table
 import pytest
 import serve_hub
 import timm
@@ -15,7 +16,8 @@ pytestmark = pytest.mark.skipif(
     reason='such a timm takes the safetensors file of a local-dir for a pickle')
 
 ROOT = Path(__file__).parents[2]
-ENTRY = 'san_tiny_pairwise.c100'
+ARCHITECTURE = 'san_tiny_pairwise'
+ENTRY = f'{ARCHITECTURE}.c100'
 
 SCRIPT = """
 import json
@@ -89,8 +91,10 @@ result = {{p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rg
 
 
 @pytest.mark.interop
-def test_transformers_classifies_with_the_entry(run):
-    pytest.importorskip('transformers', reason='the code base this is about')
+def test_transformers_classifies_with_the_entry(run, record_property):
+    did = "`AutoModelForImageClassification`, `pipeline`: an entry's repository on a Hub"
+    interop_table.record(record_property, 'transformers', did, ARCHITECTURE)
+    pytest.importorskip('transformers', reason='transformers is not installed')
     photo = ROOT / 'tools' / 'photos' / 'rocket.jpg'
     logits, own, best = run(f"""
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline

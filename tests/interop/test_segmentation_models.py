@@ -1,0 +1,73 @@
+"""segmentation_models_pytorch: every family as a `tu-` encoder."""
+import re
+
+import pytest
+import timm
+import torch
+from torch.nn import functional as F
+
+pytestmark = pytest.mark.interop
+
+LIBRARY = 'segmentation-models-pytorch'
+UNET = '`Unet` on a `tu-` encoder: a training step, odd image sizes, `in_channels=`, `encoder_depth=`'
+# Of each the stride that the sides of its images have to be multiples of.
+DECODERS = {
+    'UnetPlusPlus': 32, 'MAnet': 32, 'Linknet': 32, 'FPN': 32, 'UPerNet': 32, 'Segformer': 32,
+    'PAN': 16, 'DeepLabV3Plus': 16, 'PSPNet': 8, 'DeepLabV3': 8,
+}
+
+
+def assert_trains(net, assert_attention_learns, channels=3, size=(64, 96)):
+    images, masks = torch.randn(2, channels, *size), torch.randint(3, (2, *size))
+    scores = net.train()(images)
+    assert scores.shape == (2, 3, *size)
+    F.cross_entropy(scores, masks).backward()
+    assert_attention_learns(net.encoder)
+
+
+def test_unet_takes_images_of_any_size(ours, needs, assert_attention_learns):
+    smp = needs(LIBRARY, UNET, ours)
+    net = smp.Unet(f'tu-{ours}', encoder_weights=True, classes=3).eval()
+    plain = timm.create_model(ours, pretrained=True).eval()
+    with torch.no_grad():
+        for size in ((64, 96), (65, 97), (33, 47)):
+            images = torch.randn(1, 3, *size)
+            maps = net.encoder(images)
+            torch.testing.assert_close(maps[1:], plain.forward_intermediates(images, intermediates_only=True))
+            assert net(images).shape == (1, 3, *size)
+    assert_trains(net, assert_attention_learns)
+
+
+def test_unet_with_other_channels_and_fewer_stages(ours, needs, assert_attention_learns):
+    smp = needs(LIBRARY, UNET, ours)
+    net = smp.Unet(
+        f'tu-{ours}', encoder_weights=True, classes=3, in_channels=1, encoder_depth=3,
+        decoder_channels=(32, 16, 8)).eval()
+    plain = timm.create_model(ours, pretrained=True, in_chans=1).eval()
+    images = torch.randn(1, 1, 64, 64)
+    with torch.no_grad():
+        maps = net.encoder(images)
+        expected = plain.forward_intermediates(images, indices=[0, 1, 2], intermediates_only=True)
+    torch.testing.assert_close(maps[1:], expected)
+    assert_trains(net, assert_attention_learns, channels=1)
+
+
+@pytest.mark.parametrize('decoder', DECODERS)
+def test_other_decoders_want_multiples_of_their_stride(
+        ours, decoder, needs, control, record_property, assert_attention_learns):
+    smp = needs(LIBRARY, 'the ten other convolutional decoders: a training step, odd image sizes', ours)
+    make = getattr(smp, decoder)
+    name, shape = control
+    net = make(f'tu-{ours}', encoder_weights=True, classes=3).eval()
+    images = torch.randn(1, 3, 129, 145)
+    refusals = []
+    for each in (net, make(f'tu-{name}', encoder_weights=None, classes=3, **shape).eval()):
+        with pytest.raises(RuntimeError, match=f'divisible by {DECODERS[decoder]}') as refusal:
+            each(images)
+        refusals.append(str(refusal.value))
+    assert refusals[0] == refusals[1]
+    height, width = map(int, re.findall(r'pad your images to shape \((\d+), (\d+)\)', refusals[0])[0])
+    with torch.no_grad():
+        assert net(F.pad(images, (0, width - 145, 0, height - 129))).shape == (1, 3, height, width)
+    assert_trains(net, assert_attention_learns, size=(128, 160))
+    record_property('result', 'works untouched; images padded to multiples of 8, 16 or 32, as for any encoder')
