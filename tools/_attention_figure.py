@@ -174,9 +174,9 @@ def draw_on(
 
 def mark(axes: Axes, point: tuple[float, float]) -> None:
     """A ring around a position, visible on any ground."""
-    for colour, width in (('white', 2.5), ('black', 1)):
+    for colour, width in (('black', 4), ('white', 1.8)):
         axes.plot(
-            *point, marker='o', markersize=6, markerfacecolor='none', markeredgecolor=colour, markeredgewidth=width)
+            *point, marker='o', markersize=7, markerfacecolor='none', markeredgecolor=colour, markeredgewidth=width)
 
 
 def rendered(figure: Figure) -> Image.Image:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from _attention_figure import draw_panel, relevance_panel
@@ -170,9 +171,22 @@ def read_image(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert('RGB')
+            return upright_rgb(image)
     except (Image.DecompressionBombError, SyntaxError, EOFError) as error:
         raise ValueError(str(error)) from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as RGB: turned as its EXIF data say, 16 bits scaled to 8, on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith('I;16'):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # convert() would clip at 255
+    if not image.has_transparency_data:
+        return image.convert('RGB')
+    image = image.convert('RGBA')
+    on_white = Image.new('RGB', image.size, 'white')
+    on_white.paste(image, mask=image.getchannel('A'))
+    return on_white
 
 
 def draw(

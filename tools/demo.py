@@ -31,8 +31,8 @@ except ModuleNotFoundError as error:
 
 import numpy as np
 from _attention_figure import Panel, draw_on, panels
-from classify import PHOTOS, Classifier
-from PIL import Image, ImageDraw, ImageOps
+from classify import PHOTOS, Classifier, upright_rgb
+from PIL import Image, ImageDraw
 
 MODELS = ('gsa_resnet_tiny', 'san_tiny_pairwise', 'san_tiny_patchwise', 'priorattn_resnet_tiny')
 EXAMPLES = sorted(PHOTOS.glob('*.jpg'), reverse=True)
@@ -91,7 +91,7 @@ def read_photo(path: Path) -> Image.Image:
     try:
         with Image.open(path, formats=FORMATS) as image:
             _check(image, path)
-            return _upright_rgb(image)
+            return upright_rgb(image)
     except PhotoError:
         raise
     except FileNotFoundError:
@@ -112,18 +112,6 @@ def _check(image: Image.Image, path: Path) -> None:
             f'The photo has {width} x {height} pixels; one side may be at most {MAX_RATIO} times as long as the other.')
     if image.format in ('JPEG', 'MPO') and path.read_bytes().count(b'\xff\xda') > MAX_SCANS:
         raise PhotoError(f'The photo consists of more than {MAX_SCANS} scans; allowed are at most that many.')
-
-
-def _upright_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith('I;16'):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # convert() would clip at 255
-    if not image.has_transparency_data:
-        return image.convert('RGB')
-    image = image.convert('RGBA')
-    on_white = Image.new('RGB', image.size, 'white')
-    on_white.paste(image, mask=image.getchannel('A'))
-    return on_white
 
 
 def marked(view: Image.Image, point: tuple[float, float]) -> Image.Image:
