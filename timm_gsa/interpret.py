@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.utils.hooks import RemovableHandle
 
 from .layers import GlobalSelfAttention, PairwiseAttention, PatchwiseAttention, PriorAttention
+from .layers._norm import affine_of
 from .ops import aggregation, gaussian_weight, resize_relative_table
 from .ops.neighbourhood import reflected_index, same_padding
 
@@ -290,7 +291,13 @@ def _read_global(frame: _Frame, layer: GlobalSelfAttention, x: torch.Tensor) -> 
     height, width = feat_size = (x.shape[-2], x.shape[-1])
     query, key, _ = _wide(*layer.project(x))
     with _no_autocast(x):
-        scale, shift = _affine(frame.layer, layer.norm)
+        affine = affine_of(layer.norm)
+        if affine is None:
+            raise ValueError(
+                f'layer {frame.layer} must have a batch norm with running statistics, whose map is affine, '
+                f'got {type(layer.norm).__name__}'
+            )
+        scale, shift = affine
         rel_h, rel_w = _wide(resize_relative_table(layer.rel_h, height), resize_relative_table(layer.rel_w, width))
         rows, columns, share = _window(frame.cells, layer.stride, feat_size, query.dtype)  # (P, S) each
         at = query[..., rows, columns]  # (B, h, d, P, S)
@@ -434,24 +441,6 @@ def _wide(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 def _no_autocast(x: torch.Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
-
-
-def _affine(name: str, norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factor and shift for each channel of a batch norm that uses its running statistics."""
-    mean, variance = getattr(norm, 'running_mean', None), getattr(norm, 'running_var', None)
-    if mean is None or variance is None or not isinstance(getattr(norm, 'act', nn.Identity()), nn.Identity):
-        raise ValueError(
-            f'layer {name} must have a batch norm with running statistics, whose map is affine, '
-            f'got {type(norm).__name__}'
-        )
-    mean, variance = _wide(mean, variance)
-    scale = (variance + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    shift = -mean * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias
-    return scale, shift
 
 
 def _window(

@@ -8,10 +8,14 @@ import torch
 import torch.nn as nn
 from timm.layers import LayerType, get_act_layer, get_norm_layer, register_notrace_module
 
-from ..ops import aggregation, coordinates, patch, subtraction
+from ..ops import aggregation, coordinates, difference_network, patch, patch_network, subtraction
+from ..ops._paths import inference_on_cpu
 from ..ops.neighbourhood import same_padding
+from ._norm import affine_of
 
 __all__ = ['PairwiseAttention', 'PatchwiseAttention']
+
+Affines = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class _NeighbourhoodAttention(nn.Module):
@@ -47,6 +51,23 @@ class _NeighbourhoodAttention(nn.Module):
             reset = getattr(child, 'reset_parameters', None)
             if reset is not None:
                 reset()
+
+    @torch.jit.unused
+    def _affine_norms(self, query: torch.Tensor) -> Affines | None:
+        """Factor and shift of both norms where inference may compute the weights row by row, else None.
+
+        It may where both norms are affine maps and nothing in between was replaced or is watched by a hook.
+        """
+        parts = {name: child for name, child in self.named_children() if name != 'qkv'}
+        if not (
+                type(self.conv1) is type(self.conv2) is nn.Conv2d
+                and type(self.act1) is type(self.act2) is nn.ReLU
+                and not any(part._forward_hooks or part._forward_pre_hooks for part in parts.values())
+                and inference_on_cpu(query, *self.parameters())
+        ):
+            return None
+        first, second = affine_of(self.norm1), affine_of(self.norm2)
+        return None if first is None or second is None else (*first, *second)
 
     def project(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Query (B, dim_key, H, W), key (B, dim_key, H, W) and value (B, dim_out, H, W) of a map (B, dim, H, W)."""
@@ -113,6 +134,10 @@ class PairwiseAttention(_NeighbourhoodAttention):
         bias = self.position.bias
         assert bias is not None  # for TorchScript, which takes the bias of any convolution for optional
         position = ((self.position.weight * grid).sum(1) + bias[:, None, None]).unsqueeze(0)
+        if not torch.jit.is_scripting():
+            affine = self._affine_norms(query)
+            if affine is not None:
+                return self._logits_by_rows(query, key, position, affine).softmax(2)
         relation = subtraction(query, key, self.kernel_size, self.dilation)
         offset = subtraction(position, position, self.kernel_size, self.dilation).to(relation.dtype)
         weight = torch.cat([relation, offset.expand(batch, -1, -1, -1, -1)], dim=1).flatten(3)
@@ -120,6 +145,29 @@ class PairwiseAttention(_NeighbourhoodAttention):
         weight = self.conv2(self.act2(self.norm2(weight)))
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         return weight.softmax(2, dtype=wide).unflatten(3, (height, width))
+
+    @torch.jit.unused
+    def _logits_by_rows(
+            self,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            position: torch.Tensor,
+            affine: Affines,
+    ) -> torch.Tensor:
+        """What the softmax is taken of; the first norm acts on query and key, the second on the first convolution."""
+        scale, shift = (x[:, None, None] for x in affine[:2])
+        position = position.expand(query.shape[0], -1, -1, -1)
+        assert self.conv2.bias is not None
+        return difference_network(
+            torch.cat([query, position], dim=1) * scale + shift,
+            torch.cat([key, position], dim=1) * scale,
+            self.conv1.weight[:, :, 0, 0] * affine[2][:, None],
+            affine[3],
+            self.conv2.weight[:, :, 0, 0],
+            self.conv2.bias,
+            self.kernel_size,
+            self.dilation,
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         query, key, value = self.project(x)
@@ -180,10 +228,31 @@ class PatchwiseAttention(_NeighbourhoodAttention):
 
     def attention(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """Weights (B, G, K * K, H, W), unbounded and not normalised."""
+        if not torch.jit.is_scripting():
+            affine = self._affine_norms(query)
+            if affine is not None:
+                return self.conv2(self._hidden_by_rows(query, key, affine)).unflatten(1, (self.num_groups, -1))
         weight = torch.cat([query, patch(key, self.kernel_size, self.dilation)], dim=1)
         weight = self.conv1(self.act1(self.norm1(weight)))
         weight = self.conv2(self.act2(self.norm2(weight)))
         return weight.unflatten(1, (self.num_groups, -1))
+
+    @torch.jit.unused
+    def _hidden_by_rows(
+            self,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            affine: Affines,
+    ) -> torch.Tensor:
+        """What the last convolution is applied to; the second norm acts on the first convolution."""
+        scale, shift, scale2, shift2 = affine
+        channels = self.dim_key
+        weight = self.conv1.weight[:, :, 0, 0] * scale2[:, None]
+        hidden = patch_network(
+            key, scale[channels:], shift[channels:], weight[:, channels:], self.kernel_size, self.dilation)
+        centre = (query * scale[:channels, None, None] + shift[:channels, None, None]).relu_().flatten(2)
+        hidden.flatten(2).baddbmm_(weight[:, :channels].expand(query.shape[0], -1, -1), centre)
+        return hidden.add_(shift2[:, None, None]).relu_()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         query, key, value = self.project(x)

@@ -3,8 +3,12 @@ and a learned embedding of the offset.
 
 Source: Shen et al., "Global Self-Attention Networks for Image Recognition", arXiv 2010.03019, Figure 1.
 """
+from itertools import product
+
 import torch
 import torch.nn.functional as F
+
+from ._paths import inference_on_cpu
 
 __all__ = ['column_attention', 'column_attention_reference', 'resize_relative_table', 'row_attention']
 
@@ -29,6 +33,9 @@ def column_attention(query: torch.Tensor, value: torch.Tensor, table: torch.Tens
         ValueError: The table has another number of rows than 2 * H - 1 (`resize_relative_table` makes it fit).
     """
     _check(query, table)
+    if not torch.jit.is_scripting():
+        if _large(query) and inference_on_cpu(query, value, table):
+            return _by_blocks(query, value, table)
     logits = torch.einsum('bhdxy,xid->bhyxi', query, _pairwise_embedding(table, query.shape[-2]))
     return torch.einsum('bhyxi,bheiy->bhexy', logits, value)
 
@@ -102,6 +109,33 @@ def _check(query: torch.Tensor, table: torch.Tensor) -> None:
             f'table must have 2 * {length} - 1 = {2 * length - 1} rows for an axis of {length} positions, '
             f'got {table.shape[0]}'
         )
+
+
+# Logits that are computed at once: few enough to stay in the cache of a CPU, and enough for its matrix products.
+_BLOCK = 2 ** 18
+_LARGE = 2 ** 16
+
+
+def _large(query: torch.Tensor) -> bool:
+    """Whether the logits of one head are too many for those of a whole batch to be computed at once."""
+    height, width = query.shape[-2:]
+    return height * height * width > _LARGE
+
+
+def _by_blocks(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """`column_attention` for one image, head and block of rows after the other; not differentiable."""
+    height, width = query.shape[-2:]
+    embedding = table.unfold(0, height, 1).flip(0)  # (x, d, i)
+    rows = max(1, _BLOCK // (height * width))
+    out = torch.empty_like(value)
+    for image, head in product(range(query.shape[0]), range(query.shape[1])):
+        q, v, target = query[image, head], value[image, head], out[image, head]
+        by_column = v.permute(2, 1, 0).contiguous()  # (y, i, e)
+        for top in range(0, height, rows):
+            block = slice(top, top + rows)
+            logits = torch.bmm(q[:, block].permute(1, 2, 0), embedding[block])  # (x, y, i)
+            target[:, block].permute(2, 1, 0).copy_(torch.bmm(logits.transpose(0, 1), by_column))
+    return out
 
 
 def _pairwise_embedding(table: torch.Tensor, length: int) -> torch.Tensor:
