@@ -178,3 +178,23 @@ def test_resizing_keeps_the_dtype_and_rounds_once(dtype):
     assert resized.dtype == dtype
     exact = resize_relative_table(table.double(), 10)
     torch.testing.assert_close(resized.double(), exact, rtol=max(torch.finfo(dtype).eps, 1e-5), atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "slice", "channels_last"])
+@pytest.mark.parametrize("height, width", [(48, 40), (90, 33), (41, 150), (70, 1), (300, 2)])
+def test_large_maps_at_inference_agree_with_the_reference(height: int, width: int, layout: str) -> None:
+    """Their logits are computed by blocks of rows, which the heights here are no multiples of."""
+    qkv = torch.randn(2, 3, 2, 3, height, width, dtype=torch.float64)
+    if layout == "channels_last":
+        qkv = qkv.flatten(1, 3).contiguous(memory_format=torch.channels_last).view_as(qkv)
+    query, _, value = qkv.unbind(1)
+    if layout == "contiguous":
+        query, value = query.contiguous(), value.contiguous()
+    table = torch.randn(2 * height - 1, 3, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        column = column_attention(query, value, table)
+        turned = row_attention(query.transpose(-1, -2), value.transpose(-1, -2), table)
+    expected = column_attention_reference(query, value, table)
+    assert expected.requires_grad and not column.requires_grad
+    torch.testing.assert_close(column, expected.detach())
+    torch.testing.assert_close(turned.transpose(-1, -2), expected.detach())
