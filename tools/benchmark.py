@@ -1,0 +1,424 @@
+"""Time operations and models of this package against plain formulations of the papers and against timm's models.
+
+    python tools/benchmark.py operations
+    python tools/benchmark.py inference --compile --json inference.json --plot inference.png
+    python tools/benchmark.py training --models gsa_resnet50 priorattn_resnet50 --batch-size 4
+    python tools/benchmark.py scaling --img-sizes 128 224 448
+
+All that stands in one group of the table runs in turn, round after round, in this one process, so that what else the
+machine does hits all alike; compare ratios, not times, unless the device is a GPU that nothing else uses. Weights are
+random, as speed does not depend on them.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler, which counts memory, writes to the terminal
+
+import timm
+import torch
+import torch.nn.functional as F
+from _files import written_whole
+from classify import positive
+from torch import nn
+from tqdm import tqdm
+
+import timm_gsa
+from timm_gsa import layers, ops
+from timm_gsa.layers import global_self_attention, prior_attention, san_attention
+
+OURS = ('gsa_resnet50', 'san10_patchwise', 'san10_pairwise', 'priorattn_resnet50')
+PEERS = ('halonet26t', 'botnet26t_256', 'lambda_resnet26t')
+BASE = 'resnet50'
+DTYPES = {name: getattr(torch, name) for name in ('float32', 'bfloat16', 'float16', 'float64')}
+
+# Stages of SAN at 224 px: channels of the values, side of the map, places a side.
+STAGES = ((16, 112, 3), (64, 56, 7), (128, 28, 7), (256, 14, 7), (512, 7, 7))
+
+
+@dataclass
+class Row:
+    """One line of the table.
+
+    Attributes:
+        group: What is compared; the first row of a group is what the others are related to.
+        name: What ran.
+        seconds: Time of each round.
+        peak: Bytes allocated at most beyond what was there before.
+        ratio: Median time of the group's first row over this one's: above 1 is faster.
+    """
+
+    group: str
+    name: str
+    seconds: list[float] = field(default_factory=list)
+    peak: int = 0
+    ratio: float = 1.
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance of the quartiles, as a share of the median."""
+        if len(self.seconds) < 2:
+            return 0.
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return (high - low) / 2 / self.median
+
+
+@dataclass(frozen=True)
+class Setting:
+    """On what and how everything runs."""
+
+    device: torch.device
+    dtype: torch.dtype
+    channels_last: bool
+    compiled: bool
+    rounds: int
+
+    def images(self, batch: int, size: int) -> torch.Tensor:
+        return self.laid_out(torch.randn(batch, 3, size, size, device=self.device, dtype=self.dtype))
+
+    def laid_out(self, x: torch.Tensor) -> torch.Tensor:
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
+
+    def model(self, name: str, **kwargs: Any) -> Any:
+        torch.manual_seed(0)
+        model = timm.create_model(name, **kwargs).to(self.device, self.dtype)
+        return model.to(memory_format=torch.channels_last) if self.channels_last else model
+
+    def code(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(function) if self.compiled else function
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """Within it, our layers compute as the papers are usually written down: unfold, one-hot products, dense maps."""
+    def row_attention_reference(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        turned = ops.column_attention_reference(query.transpose(-1, -2), value.transpose(-1, -2), table)
+        return turned.transpose(-1, -2)
+
+    replaced: list[tuple[Any, str, Any]] = [
+        (san_attention, 'aggregation', ops.aggregation_reference),
+        (san_attention, 'inference_on_cpu', lambda *tensors: False),
+        (global_self_attention, 'column_attention', ops.column_attention_reference),
+        (global_self_attention, 'row_attention', row_attention_reference),
+        (prior_attention, 'gaussian_attention', ops.gaussian_attention_reference),
+    ]
+    before = [getattr(module, name) for module, name, _ in replaced]
+    for module, name, function in replaced:
+        setattr(module, name, function)
+    try:
+        yield
+    finally:
+        for (module, name, _), function in zip(replaced, before, strict=True):
+            setattr(module, name, function)
+
+
+def plainly(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The same call with plain formulations, never compiled."""
+    def inside() -> Any:
+        with plain():
+            return run()
+    return inside
+
+
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
+    """Most bytes that were allocated at once during a call, beyond those before it."""
+    gc.collect()
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    held = most = 0
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == '[memory]']
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """Duration of one call, on a GPU until it is done there."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def measure(group: str, runs: dict[str, Callable[[], Any]], setting: Setting, progress: Any) -> list[Row]:
+    """Rows of a group: peak memory once, then the time of each in turn, round after round."""
+    rows = {name: Row(group, name) for name in runs}
+    for name, run in runs.items():
+        run()  # compiles, and chooses algorithms
+        rows[name].peak = peak_bytes(run, setting.device)
+        progress.update()
+    for _ in range(setting.rounds):
+        for name, run in runs.items():
+            rows[name].seconds.append(seconds(run, setting.device))
+        progress.update()
+    first = next(iter(rows.values()))
+    for row in rows.values():
+        row.ratio = first.median / row.median
+    return list(rows.values())
+
+
+Groups = dict[str, Callable[[], dict[str, Callable[[], Any]]]]
+
+
+def stepped(function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor]) -> Callable[[], Any]:
+    """Forward and backward pass of an operation or layer."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    parameters = list(function.parameters()) if isinstance(function, nn.Module) else []
+
+    def run() -> Any:
+        return torch.autograd.grad(function(*inputs).sum(), [*inputs, *parameters])
+
+    return run
+
+
+def inferred(function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor]) -> Callable[[], Any]:
+    """Forward pass without gradients."""
+    def run() -> Any:
+        with torch.no_grad():
+            return function(*inputs)
+
+    return run
+
+
+def operation_groups(setting: Setting, batch: int) -> Groups:
+    """Each operation beside its plain formulation, the Gaussian beside a 3 x 3 convolution; forward and training."""
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=setting.device, dtype=setting.dtype)
+
+    def aggregation(channels: int, side: int, kernel_size: int, way: Any) -> dict[str, Callable[[], Any]]:
+        value = setting.laid_out(random(batch, channels, side, side))
+        weight = random(batch, channels // 8, kernel_size ** 2, side, side)
+        return {
+            'unfold, einsum': way(lambda v, w: ops.aggregation_reference(v, w, kernel_size), (value, weight)),
+            'ours': way(setting.code(lambda v, w: ops.aggregation(v, w, kernel_size)), (value, weight)),
+        }
+
+    def position(side: int, channels: int, way: Any) -> dict[str, Callable[[], Any]]:
+        query, value = (random(batch, 8, channels // 8, side, side) for _ in range(2))
+        table = random(2 * side - 1, channels // 8)
+
+        def both(column: Any, row: Any) -> Callable[..., torch.Tensor]:
+            return lambda q, v, t: row(q, column(q, v, t), t)
+
+        def row_reference(q: torch.Tensor, v: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return ops.column_attention_reference(q.transpose(-1, -2), v.transpose(-1, -2), t).transpose(-1, -2)
+
+        inputs = (query, value, table)
+        return {
+            'one-hot einsum': way(both(ops.column_attention_reference, row_reference), inputs),
+            'ours': way(setting.code(both(ops.column_attention, ops.row_attention)), inputs),
+        }
+
+    def module(kind: type[nn.Module], dim: int, side: int, kernel_size: int, way: Any) -> dict[str, Callable[[], Any]]:
+        layer = kind(dim, kernel_size=kernel_size).to(setting.device, setting.dtype)
+        layer.train(way is stepped)
+        inputs = (setting.laid_out(random(batch, dim, side, side)),)
+        return {'unfold, einsum': plainly(way(layer, inputs)), 'ours': way(setting.code(layer), inputs)}
+
+    def gaussian(channels: int, side: int, way: Any) -> dict[str, Callable[[], Any]]:
+        conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False).to(setting.device, setting.dtype)
+        inputs = (setting.laid_out(random(batch, channels, side, side)),)
+        radius = torch.ones((), device=setting.device, dtype=setting.dtype, requires_grad=True)
+        return {
+            '3 x 3 convolution': way(conv, inputs),
+            'dense map': way(lambda x: ops.gaussian_attention_reference(x, radius), inputs),
+            'ours': way(setting.code(lambda x: ops.gaussian_attention(x, radius)), inputs),
+        }
+
+    groups: Groups = {}
+    for label, way in (('forward', inferred), ('training', stepped)):
+        for channels, side, kernel_size in STAGES:
+            groups[f'aggregation {side} x {side}, {channels} channels, {label}'] = partial(
+                aggregation, channels, side, kernel_size, way)
+        for kind in (layers.PatchwiseAttention, layers.PairwiseAttention):
+            for channels, side, kernel_size in STAGES[1:]:
+                groups[f'{kind.__name__} {side} x {side}, {4 * channels} channels, {label}'] = partial(
+                    module, kind, 4 * channels, side, kernel_size, way)
+        for channels, side in ((64, 56), (128, 28), (256, 14), (512, 7)):
+            groups[f'GSA position {side} x {side}, {channels} channels, {label}'] = partial(
+                position, side, channels, way)
+        for channels, side in ((128, 28), (256, 14), (512, 7)):
+            groups[f'Gaussian {side} x {side}, {channels} channels, {label}'] = partial(gaussian, channels, side, way)
+    return groups
+
+
+def model_groups(setting: Setting, batch: int, size: int, names: Sequence[str], training: bool) -> Groups:
+    """Models beside timm's ResNet-50, which never runs compiled; ours also in plain formulations."""
+    def runs() -> dict[str, Callable[[], Any]]:
+        result: dict[str, Callable[[], Any]] = {}
+        contiguous = Setting(setting.device, setting.dtype, False, False, setting.rounds)
+        result[f'{BASE} eager'] = model_run(contiguous, contiguous.model(BASE), batch, size, training)
+        for name in (BASE, *names):
+            model = setting.model(name)
+            ours = any(type(module).__module__.startswith('timm_gsa.layers') for module in model.modules())
+            if ours:
+                result[f'{name} plain'] = plainly(model_run(contiguous, contiguous.model(name), batch, size, training))
+            if name != BASE or setting.compiled or setting.channels_last:
+                result[name] = model_run(setting, model, batch, size, training)
+        return result
+
+    return {f'{"training step" if training else "inference"}, {size} px, batch {batch}': runs}
+
+
+def model_run(setting: Setting, model: Any, batch: int, size: int, training: bool) -> Callable[[], Any]:
+    images = setting.images(batch, size)
+    code = setting.code(model.train(training))
+    if not training:
+        return inferred(code, (images,))
+    target = torch.randint(model.num_classes, (batch,), device=setting.device)
+
+    def step() -> None:
+        F.cross_entropy(code(images).float(), target).backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def scaling_groups(setting: Setting, batch: int, sizes: Sequence[int], names: Sequence[str]) -> Groups:
+    """Inference over the size of the images; models that are tied to a size are built for it."""
+    def runs(size: int) -> dict[str, Callable[[], Any]]:
+        result = {}
+        for name in (BASE, *names):
+            tied = {'img_size': size} if name.startswith(('gsa', 'botnet', 'lambda')) else {}
+            result[name] = model_run(setting, setting.model(name, **tied), batch, size, False)
+        return result
+
+    return {f'inference, {size} px, batch {batch}': partial(runs, size) for size in sizes}
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        '| what | | ms (median, half the distance of the quartiles) | faster by | peak MB | of the first |',
+        '| --- | --- | ---: | ---: | ---: | ---: |',
+    ]
+    first = rows[0]
+    for row in rows:
+        if row.group != first.group:
+            first = row
+        lines.append(
+            f'| {row.group if row is first else ""} | {row.name} | {1e3 * row.median:.1f} ± {100 * row.spread:.0f} % '
+            f'| {row.ratio:.2f} | {row.peak / 1e6:.1f} | {row.peak / max(first.peak, 1):.2f} |')
+    return '\n'.join(lines)
+
+
+def machine(setting: Setting) -> dict[str, Any]:
+    """What the figures were measured on and with."""
+    name = torch.cuda.get_device_name(setting.device) if setting.device.type == 'cuda' else platform.processor()
+    return dict(
+        device=name or platform.machine(),
+        threads=torch.get_num_threads(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        timm=timm.__version__,
+        timm_gsa=timm_gsa.__version__,
+        dtype=str(setting.dtype).removeprefix('torch.'),
+        channels_last=setting.channels_last,
+        compiled=setting.compiled,
+        rounds=setting.rounds,
+        command=' '.join(['python', 'tools/benchmark.py', *sys.argv[1:]]),
+    )
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """A bar for each row: how much faster than the first of its group, on a logarithmic axis."""
+    from matplotlib.figure import Figure
+
+    labels = [f'{row.group}: {row.name}' for row in rows]
+    figure = Figure(figsize=(10, 0.28 * len(rows) + 1), layout='constrained')
+    axes = figure.add_subplot()
+    axes.barh(range(len(rows)), [row.ratio for row in rows], color=['grey' if row.ratio == 1 else 'C0' for row in rows])
+    axes.set_yticks(range(len(rows)), labels, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xscale('log')
+    axes.axvline(1, color='black', linewidth=0.8)
+    axes.set_xlabel('faster than the first of its group by')
+    for i, row in enumerate(rows):
+        axes.annotate(f' {row.ratio:.2f}', (row.ratio, i), fontsize=7, va='center')
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, format='png', dpi=110)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure what a command line asks for, print the table; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or '').partition('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('what', choices=('operations', 'inference', 'training', 'scaling'))
+    parser.add_argument('--models', nargs='+', default=list(OURS + PEERS), help='beside resnet50')
+    parser.add_argument('--only', metavar='TEXT', default='', help='groups with this text in their name')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--dtype', choices=DTYPES, default='float32')
+    parser.add_argument('--channels-last', action='store_true', help='for all but the first of a group and plain forms')
+    parser.add_argument('--compile', action='store_true', help='for all but the first of a group and plain forms')
+    parser.add_argument('--batch-size', type=positive, default=8)
+    parser.add_argument('--img-size', type=positive, default=224)
+    parser.add_argument('--img-sizes', type=positive, nargs='+', default=[128, 224, 448, 1024], help='of scaling')
+    parser.add_argument('--rounds', type=positive, default=7)
+    parser.add_argument('--threads', type=positive, help='of the CPU; what torch chooses if not given')
+    parser.add_argument('--json', type=Path, metavar='FILE', help='write the figures there')
+    parser.add_argument('--plot', type=Path, metavar='FILE', help='draw the ratios there (needs matplotlib)')
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # every block is a graph of its own
+    setting = Setting(torch.device(args.device), DTYPES[args.dtype], args.channels_last, args.compile, args.rounds)
+    if args.what == 'operations':
+        groups = operation_groups(setting, args.batch_size)
+    elif args.what == 'scaling':
+        groups = scaling_groups(setting, args.batch_size, args.img_sizes, args.models)
+    else:
+        groups = model_groups(setting, args.batch_size, args.img_size, args.models, args.what == 'training')
+    groups = {name: group for name, group in groups.items() if args.only in name}
+    if not groups:
+        parser.error(f'argument --only: no group has {args.only!r} in its name')
+
+    rows = []
+    with tqdm(desc=args.what, unit='run', disable=None) as progress:
+        for name, group in groups.items():
+            progress.set_postfix_str(name)
+            rows += measure(name, group(), setting, progress)
+            gc.collect()
+    print(table(rows))
+    print('\n' + ', '.join(f'{key} {value}' for key, value in machine(setting).items()))
+    if args.json:
+        report = dict(machine=machine(setting), rows=[
+            {**asdict(row), 'median': row.median, 'spread': row.spread} for row in rows])
+        with written_whole(args.json) as temporary:
+            temporary.write_text(json.dumps(report, indent=1) + '\n')
+    if args.plot:
+        draw(rows, args.plot)
+    return 0
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())
