@@ -185,9 +185,9 @@ def test_graph_feature_extractor(model, training):
     graph = timm.models.create_feature_extractor(model.train(training), nodes)
     with torch.no_grad():
         out = graph(x)
-    assert [v.shape[0] for v in out.values()] == [2, 2, 2, 2]
-    if not training:
-        torch.testing.assert_close(out['global_pool.flatten'], model.forward_head(model.forward_features(x), True))
+        assert [v.shape[0] for v in out.values()] == [2, 2, 2, 2]
+        if not training:
+            torch.testing.assert_close(out['global_pool.flatten'], model.forward_head(model.forward_features(x), True))
 
 
 def test_graph_of_the_whole_model_trains_alike(name, create):
