@@ -76,7 +76,8 @@ def test_build_repairs_and_pin_reaches_the_registry(hub_entry, tmp_path):
     assert list(entry.problems()) == []
     for name in ('config.json', 'README.md'):
         assert (entry.folder / name).read_bytes() == (CONFIGS / entry.name / name).read_bytes()
-    written, stored = (yaml.safe_load((path / 'entry.yaml').read_text()) for path in (entry.folder, CONFIGS / entry.name))
+    written, stored = (
+        yaml.safe_load((folder / 'entry.yaml').read_text()) for folder in (entry.folder, CONFIGS / entry.name))
     logits, expected = (each['expected'].pop('logits') for each in (written, stored))
     assert logits == pytest.approx(expected, abs=2e-4)  # rounded to four places, of figures that machines differ in
     assert written == stored
