@@ -216,3 +216,37 @@ def test_initialisation_has_the_documented_scale():
     assert layer.rel_h.std().item() == pytest.approx(32 ** -0.5, rel=0.05)
     assert layer.rel_w.std().item() == pytest.approx(32 ** -0.5, rel=0.05)
     assert not layer.qkv.bias.any()
+
+
+@pytest.fixture
+def in_one(monkeypatch):
+    """Counts how often all steps are computed in one operation."""
+    calls = []
+    monkeypatch.setattr(module, 'global_attention', lambda *args, f=module.global_attention: calls.append(1) or f(*args))
+    return calls
+
+
+@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize('size', [(6, 6), (5, 9), (1, 1)])
+def test_inference_in_one_operation_agrees_with_the_steps(in_one, size, stride):
+    layer, x = layer_of(6, stride=stride).eval(), image(*size)
+    expected = layer(x)
+    assert not in_one and expected.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected.detach())
+    assert in_one
+
+
+@pytest.mark.parametrize('change', [
+    lambda layer: layer.norm.train(),
+    lambda layer: setattr(layer, 'norm', nn.GroupNorm(1, 6).double()),
+    lambda layer: layer.norm.register_forward_hook(lambda norm, args, out: 2 * out),
+    lambda layer: layer.norm.register_forward_pre_hook(lambda norm, args: (args[0] + 1,)),
+])
+def test_layers_changed_by_hand_go_step_by_step(in_one, change):
+    layer, x = layer_of(6).eval(), image(6, 6)
+    change(layer)
+    expected = copy.deepcopy(layer)(x).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
+    assert not in_one

@@ -180,21 +180,49 @@ def test_resizing_keeps_the_dtype_and_rounds_once(dtype):
     torch.testing.assert_close(resized.double(), exact, rtol=max(torch.finfo(dtype).eps, 1e-5), atol=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "slice", "channels_last"])
-@pytest.mark.parametrize("height, width", [(48, 40), (90, 33), (41, 150), (70, 1), (300, 2)])
-def test_large_maps_at_inference_agree_with_the_reference(height: int, width: int, layout: str) -> None:
-    """Their logits are computed by blocks of rows, which the heights here are no multiples of."""
-    qkv = torch.randn(2, 3, 2, 3, height, width, dtype=torch.float64)
-    if layout == "channels_last":
-        qkv = qkv.flatten(1, 3).contiguous(memory_format=torch.channels_last).view_as(qkv)
-    query, _, value = qkv.unbind(1)
-    if layout == "contiguous":
-        query, value = query.contiguous(), value.contiguous()
-    table = torch.randn(2 * height - 1, 3, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize('layout', ['contiguous', 'slice', 'channels_last'])
+@pytest.mark.parametrize('height, width', [(48, 40), (90, 33), (41, 150), (128, 1), (200, 2)])
+def test_large_maps_agree_with_the_reference(height, width, layout):
+    """Their logits are computed by blocks of columns and images."""
+    def in_layout(function):
+        def run(qkv, table):
+            if layout == 'channels_last':
+                qkv = qkv.flatten(1, 3).contiguous(memory_format=torch.channels_last).view_as(qkv)
+            query, _, value = qkv.unbind(1)
+            if layout == 'contiguous':
+                query, value = query.contiguous(), value.contiguous()
+            return function(query, value, table)
+        return run
+
+    inputs = (
+        torch.randn(3, 3, 2, 3, height, width, dtype=torch.float64),
+        torch.randn(2 * height - 1, 3, dtype=torch.float64),
+    )
+    ours, theirs = (
+        outputs_and_gradients(in_layout(f), *inputs) for f in (column_attention, column_attention_reference))
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
     with torch.no_grad():
-        column = column_attention(query, value, table)
-        turned = row_attention(query.transpose(-1, -2), value.transpose(-1, -2), table)
-    expected = column_attention_reference(query, value, table)
-    assert expected.requires_grad and not column.requires_grad
-    torch.testing.assert_close(column, expected.detach())
-    torch.testing.assert_close(turned.transpose(-1, -2), expected.detach())
+        torch.testing.assert_close(in_layout(column_attention)(*inputs), theirs[0].detach(), rtol=1e-9, atol=1e-9)
+
+
+def test_large_maps_of_which_only_some_inputs_have_gradients():
+    query, value, table = tensors(30, 25, rows=59)
+    expected = outputs_and_gradients(column_attention_reference, query, value, table)[1:]
+    for i, name in enumerate(('query', 'value', 'table')):
+        grads = outputs_and_gradients(
+            lambda x, name=name: column_attention(**{**dict(query=query, value=value, table=table), name: x}),
+            (query, value, table)[i])
+        torch.testing.assert_close(grads[1], expected[i])
+
+
+def test_large_maps_have_gradients_of_gradients():
+    query, value, table = (x.requires_grad_() for x in tensors(130, 1, rows=259))
+    assert torch.autograd.gradgradcheck(column_attention, (query, value, table), fast_mode=True)
+
+
+def test_large_maps_keep_no_logits_for_the_backward_pass():
+    query, value, table = (x.requires_grad_() for x in tensors(64, 64, rows=127))
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x) or x, lambda x: x):
+        row_attention(query, column_attention(query, value, table), table)
+    assert max(x.untyped_storage().nbytes() for x in held) <= value.untyped_storage().nbytes()

@@ -1,14 +1,25 @@
+"""The networks between relations and attention weights, row by row, against those on all places at once."""
 import pytest
 import torch
 
 from timm_gsa.ops import (
+    difference_moments,
     difference_network,
     difference_network_reference,
+    normed_difference_network,
+    normed_difference_network_reference,
+    patch,
+    patch_moments,
     patch_network,
     patch_network_reference,
+    subtraction,
 )
 
+from ..gradients import outputs_and_gradients
+
 SIZES = [(1, 1), (2, 5), (7, 4), (12, 9)]
+WINDOWS = [(1, 1), (3, 1), (3, 4), (7, 1), (5, 2)]
+LAYOUTS = ['contiguous', 'channels_last', 'slice']
 
 
 def laid_out(x, layout):
@@ -19,28 +30,124 @@ def laid_out(x, layout):
     return x
 
 
-@pytest.mark.parametrize('layout', ['contiguous', 'channels_last', 'slice'])
-@pytest.mark.parametrize('kernel_size, dilation', [(1, 1), (3, 1), (3, 4), (7, 1), (5, 2)])
-@pytest.mark.parametrize('size', SIZES)
-def test_difference_network_by_rows_is_the_one_on_all_places(size, kernel_size, dilation, layout):
-    query, key = (laid_out(torch.randn(3, 5, *size, dtype=torch.float64), layout) for _ in range(2))
-    weights = [torch.randn(shape, dtype=torch.float64) for shape in ((4, 5), (4,), (6, 4), (6,))]
-    arguments = query, key, *weights, kernel_size, dilation
-    out = difference_network(*arguments)
-    assert out.shape == (3, 6, kernel_size ** 2, *size) and out.is_contiguous()
-    torch.testing.assert_close(out, difference_network_reference(*arguments))
+def in_layout(function, layout):
+    return lambda first, *tensors: function(laid_out(first, layout), *tensors)
 
 
-@pytest.mark.parametrize('layout', ['contiguous', 'channels_last', 'slice'])
-@pytest.mark.parametrize('kernel_size, dilation', [(1, 1), (3, 1), (3, 4), (7, 1), (5, 2)])
-@pytest.mark.parametrize('size', SIZES)
-def test_patch_network_by_rows_is_the_one_on_all_places(size, kernel_size, dilation, layout):
-    key = laid_out(torch.randn(3, 4, *size, dtype=torch.float64), layout)
+def difference_inputs(size, *shapes, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(size[0])
+    shapes = ((3, 5, *size), (3, 5, *size), (4, 5), *shapes, (6, 4), (6,))
+    return [torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype) for shape in shapes]
+
+
+def patch_inputs(size, kernel_size):
+    generator = torch.Generator().manual_seed(size[0])
     places = 4 * kernel_size ** 2
-    scale, shift = torch.randn(2, places, dtype=torch.float64)
+    shapes = (3, 4, *size), (places,), (places,), (6, places)
+    key, scale, shift, weight = (torch.randn(s, dtype=torch.float64, generator=generator) for s in shapes)
     scale[::5] = 0
-    weight = torch.randn(6, 2 * places, dtype=torch.float64)[:, places:]  # as the columns of a larger matrix
-    arguments = key, scale, shift, weight, kernel_size, dilation
-    out = patch_network(*arguments)
-    assert out.shape == (3, 6, *size)
-    torch.testing.assert_close(out, patch_network_reference(*arguments))
+    return key, scale, shift, weight
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('window', WINDOWS)
+@pytest.mark.parametrize('size', SIZES)
+def test_difference_network(size, window, layout):
+    inputs = difference_inputs(size, (4,))
+    ours, theirs = (
+        outputs_and_gradients(in_layout(lambda *x, f=f: f(*x, *window), layout), *inputs)
+        for f in (difference_network, difference_network_reference))
+    assert ours[0].shape == (3, 6, window[0] ** 2, *size) and ours[0].is_contiguous()
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize('window', WINDOWS)
+@pytest.mark.parametrize('size', SIZES)
+def test_normed_difference_network(size, window):
+    inputs = difference_inputs(size, (4,), (4,))
+    inputs[3][1] = 0.  # factors of the norm may vanish
+
+    def call(function, part):
+        return lambda q, k, w, scale, shift, *more: function(q, k, w, scale, shift, 1e-3, *more, *window)[part]
+
+    for part in range(3):
+        ours, theirs = (
+            call(f, part)(*inputs) for f in (normed_difference_network, normed_difference_network_reference))
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    ours, theirs = (
+        outputs_and_gradients(call(f, 0), *inputs)
+        for f in (normed_difference_network, normed_difference_network_reference))
+    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+
+
+def test_normed_difference_network_in_float32():
+    inputs = difference_inputs((17, 14), (4,), (4,), dtype=torch.float32)
+
+    def call(function):
+        return lambda q, k, w, scale, shift, *more: function(q, k, w, scale, shift, 1e-5, *more, 7)[0]
+
+    ours, theirs = (
+        outputs_and_gradients(call(f), *inputs)
+        for f in (normed_difference_network, normed_difference_network_reference))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert (mine - other).norm() < 1e-4 * other.norm()
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('window', WINDOWS)
+@pytest.mark.parametrize('size', SIZES)
+def test_patch_network(size, window, layout):
+    inputs = patch_inputs(size, window[0])
+    ours, theirs = (
+        outputs_and_gradients(in_layout(lambda *x, f=f: f(*x, *window), layout), *inputs)
+        for f in (patch_network, patch_network_reference))
+    assert ours[0].shape == (3, 6, *size)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+def test_patch_network_with_columns_of_a_larger_matrix():
+    key, scale, shift, weight = patch_inputs((5, 4), 3)
+    part = torch.cat([weight, weight], dim=1)[:, weight.shape[1]:]
+    torch.testing.assert_close(
+        patch_network(key, scale, shift, part, 3), patch_network_reference(key, scale, shift, weight, 3))
+
+
+@pytest.mark.parametrize('window', WINDOWS)
+@pytest.mark.parametrize('size', SIZES)
+def test_moments_are_those_of_the_relations(size, window):
+    query, key = (1000. + torch.randn(2, 3, *size, dtype=torch.float64) for _ in range(2))
+
+    def of_differences(query, key):
+        relation = subtraction(query, key, *window).flatten(2)
+        return torch.stack([relation.mean((0, 2)), relation.var((0, 2), correction=0)])
+
+    def of_patches(key):
+        relation = patch(key, *window).flatten(2)
+        return torch.stack([relation.mean((0, 2)), relation.var((0, 2), correction=0)])
+
+    for ours, theirs, inputs in (
+            (lambda q, k: torch.stack(difference_moments(q, k, *window)), of_differences, (query, key)),
+            (lambda k: torch.stack(patch_moments(k, *window)), of_patches, (key,)),
+    ):
+        torch.testing.assert_close(
+            outputs_and_gradients(ours, *inputs), outputs_and_gradients(theirs, *inputs), rtol=1e-9, atol=1e-9)
+
+
+def test_moments_of_keys_that_hardly_differ():
+    """float32 sums of squares would lose their variance altogether."""
+    key = 100. + 1e-3 * torch.randn(4, 2, 8, 8)
+    _, variance = difference_moments(key, key, 3)
+    expected = subtraction(key.double(), key.double(), 3).flatten(2).var((0, 2), correction=0)
+    torch.testing.assert_close(variance, expected, rtol=1e-6, atol=0.)
+
+
+def test_gradients_of_gradients():
+    size, window = (4, 3), (3, 1)
+    inputs = [x.requires_grad_() for x in difference_inputs(size, (4,))]
+    assert torch.autograd.gradgradcheck(lambda *x: difference_network(*x, *window), inputs, fast_mode=True)
+    inputs = [x.requires_grad_() for x in difference_inputs(size, (4,), (4,))]
+    assert torch.autograd.gradgradcheck(
+        lambda q, k, w, scale, shift, *more: normed_difference_network(
+            q, k, w, scale, shift, 1e-3, *more, *window)[0], inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(
+        lambda *x: patch_network(*x, *window), [x.requires_grad_() for x in patch_inputs(size, 3)], fast_mode=True)

@@ -1,10 +1,11 @@
-"""Norms that are fixed affine maps."""
+"""Batch norms as affine maps."""
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn as nn
 
-__all__ = ['affine_of']
+__all__ = ['affine_of', 'affine_or_batch', 'update_running', 'weight_and_bias']
 
 
 def affine_of(norm: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -24,6 +25,49 @@ def affine_of(norm: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
     if norm.bias is not None:
         shift = shift + norm.bias.to(wide)
     return scale, shift
+
+
+def affine_or_batch(
+        norm: nn.BatchNorm2d,
+        moments: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+        count: int,
+        like: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factor and shift of each channel, (C,), in eval mode, or in training mode from the moments of a batch.
+
+    Args:
+        norm: The norm, whose running statistics follow the batch in training mode.
+        moments: Gives mean and variance (with the divisor n) of each channel over the batch, (C,), differentiable.
+        count: Numbers n of a channel in the batch.
+        like: Has the dtype that is asked for.
+    """
+    affine = affine_of(norm)
+    if affine is not None:
+        return affine
+    mean, variance = moments()
+    update_running(norm, mean.detach(), variance.detach(), count)
+    weight, bias = weight_and_bias(norm, like)
+    scale = (variance + norm.eps).rsqrt() * weight
+    return scale.to(like.dtype), (bias - mean * scale).to(like.dtype)
+
+
+def update_running(norm: nn.BatchNorm2d, mean: torch.Tensor, variance: torch.Tensor, count: int) -> None:
+    """Let running statistics follow a batch as the norm itself does; `variance` has the divisor n = `count`."""
+    if count < 2:
+        raise ValueError(f'Expected more than 1 value per channel when training, got {count}')
+    if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
+        return
+    norm.num_batches_tracked += 1
+    momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+    norm.running_var.lerp_((variance * (count / (count - 1))).to(norm.running_var.dtype), momentum)
+
+
+def weight_and_bias(norm: nn.BatchNorm2d, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors and summands that a norm learned, (C,); ones and zeros where it has none."""
+    if norm.weight is None:
+        return like.new_ones(norm.num_features), like.new_zeros(norm.num_features)
+    return norm.weight, norm.bias
 
 
 _NO_ACT = (type(None), nn.Identity)

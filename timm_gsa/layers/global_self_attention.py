@@ -9,7 +9,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import LayerType, get_norm_layer, register_notrace_module, to_2tuple
 
-from ..ops import column_attention, content_attention, resize_relative_table, row_attention
+from ..ops import column_attention, content_attention, global_attention, resize_relative_table, row_attention
+from ..ops._paths import inference_on_cpu
+from ._norm import affine_of
 
 __all__ = ['GlobalSelfAttention']
 
@@ -102,15 +104,36 @@ class GlobalSelfAttention(nn.Module):
         batch, _, height, width = x.shape
         return self.qkv(x).reshape(batch, 3, self.num_heads, self.head_dim, height, width).unbind(1)
 
+    def _attend(
+            self,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            rel_h: torch.Tensor,
+            rel_w: torch.Tensor,
+    ) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            affine = self._affine_norm(query)
+            if affine is not None:
+                return global_attention(query, key, value, rel_h, rel_w, *affine)
+        batch, _, _, height, width = query.shape
+        column = column_attention(query, value, rel_h).reshape(batch, self.dim, height, width)
+        position = row_attention(query, self.norm(column).reshape(value.shape), rel_w)
+        return content_attention(query, key, value) + position
+
+    @torch.jit.unused
+    def _affine_norm(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Factor and shift of the norm where inference may compute it along with the attention, else None."""
+        if self.norm._forward_hooks or self.norm._forward_pre_hooks or not inference_on_cpu(query, *self.parameters()):
+            return None
+        return affine_of(self.norm)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, _, height, width = x.shape
         query, key, value = self.project(x)
         rel_h = resize_relative_table(self.rel_h, height).to(query.dtype)
         rel_w = resize_relative_table(self.rel_w, width).to(query.dtype)
-        content = content_attention(query, key, value)
-        column = column_attention(query, value, rel_h).reshape(batch, self.dim, height, width)
-        position = row_attention(query, self.norm(column).reshape(value.shape), rel_w)
-        out = (content + position).reshape(batch, self.dim, height, width)
+        out = self._attend(query, key, value, rel_h, rel_w).reshape(batch, self.dim, height, width)
         if self.stride == 2:
             out = F.avg_pool2d(out, 2, 2, ceil_mode=True, count_include_pad=False)
         return out

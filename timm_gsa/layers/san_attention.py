@@ -6,16 +6,28 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.layers import LayerType, get_act_layer, get_norm_layer, register_notrace_module
 
-from ..ops import aggregation, coordinates, difference_network, patch, patch_network, subtraction
-from ..ops._paths import inference_on_cpu
+from ..ops import (
+    aggregation,
+    coordinates,
+    difference_moments,
+    difference_network,
+    normed_difference_network,
+    patch,
+    patch_moments,
+    patch_network,
+    subtraction,
+)
+from ..ops._paths import eager_on_cpu, inference_on_cpu
 from ..ops.neighbourhood import same_padding
-from ._norm import affine_of
+from ._norm import affine_of, affine_or_batch, update_running, weight_and_bias
 
 __all__ = ['PairwiseAttention', 'PatchwiseAttention']
 
-Affines = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+# Positions of a map from which on training recomputes relations rather than keeping them.
+_LARGE = 28 * 28
 
 
 class _NeighbourhoodAttention(nn.Module):
@@ -53,21 +65,22 @@ class _NeighbourhoodAttention(nn.Module):
                 reset()
 
     @torch.jit.unused
-    def _affine_norms(self, query: torch.Tensor) -> Affines | None:
-        """Factor and shift of both norms where inference may compute the weights row by row, else None.
+    def _goes_by_rows(self, query: torch.Tensor) -> bool:
+        """Whether the weights are computed row by row of the neighbourhood, which keeps no relations.
 
-        It may where both norms are affine maps and nothing in between was replaced or is watched by a hook.
+        So on a CPU, but for training on small maps, where that saves little and takes longer; and only where every part
+        is of the kind known here and no hook watches or changes what lies between.
         """
-        parts = {name: child for name, child in self.named_children() if name != 'qkv'}
-        if not (
-                type(self.conv1) is type(self.conv2) is nn.Conv2d
-                and type(self.act1) is type(self.act2) is nn.ReLU
-                and not any(part._forward_hooks or part._forward_pre_hooks for part in parts.values())
-                and inference_on_cpu(query, *self.parameters())
-        ):
-            return None
-        first, second = affine_of(self.norm1), affine_of(self.norm2)
-        return None if first is None or second is None else (*first, *second)
+        parts = [child for name, child in self.named_children() if name != 'qkv']
+        norms = self.norm1, self.norm2
+        return (
+            type(self.conv1) is type(self.conv2) is nn.Conv2d
+            and type(self.act1) is type(self.act2) is nn.ReLU
+            and not any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+            and (all(type(norm) is nn.BatchNorm2d and norm.training for norm in norms) or all(map(affine_of, norms)))
+            and eager_on_cpu(query, *self.parameters())
+            and (query[0, 0].numel() >= _LARGE or inference_on_cpu(query, *self.parameters()))
+        )
 
     def project(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Query (B, dim_key, H, W), key (B, dim_key, H, W) and value (B, dim_out, H, W) of a map (B, dim, H, W)."""
@@ -135,9 +148,8 @@ class PairwiseAttention(_NeighbourhoodAttention):
         assert bias is not None  # for TorchScript, which takes the bias of any convolution for optional
         position = ((self.position.weight * grid).sum(1) + bias[:, None, None]).unsqueeze(0)
         if not torch.jit.is_scripting():
-            affine = self._affine_norms(query)
-            if affine is not None:
-                return self._logits_by_rows(query, key, position, affine).softmax(2)
+            if self._goes_by_rows(query):
+                return self._logits_by_rows(query, key, position).softmax(2)
         relation = subtraction(query, key, self.kernel_size, self.dilation)
         offset = subtraction(position, position, self.kernel_size, self.dilation).to(relation.dtype)
         weight = torch.cat([relation, offset.expand(batch, -1, -1, -1, -1)], dim=1).flatten(3)
@@ -147,27 +159,26 @@ class PairwiseAttention(_NeighbourhoodAttention):
         return weight.softmax(2, dtype=wide).unflatten(3, (height, width))
 
     @torch.jit.unused
-    def _logits_by_rows(
-            self,
-            query: torch.Tensor,
-            key: torch.Tensor,
-            position: torch.Tensor,
-            affine: Affines,
-    ) -> torch.Tensor:
-        """What the softmax is taken of; the first norm acts on query and key, the second on the first convolution."""
-        scale, shift = (x[:, None, None] for x in affine[:2])
+    def _logits_by_rows(self, query: torch.Tensor, key: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """What the softmax is taken of; the first norm acts on query and key."""
         position = position.expand(query.shape[0], -1, -1, -1)
-        assert self.conv2.bias is not None
-        return difference_network(
-            torch.cat([query, position], dim=1) * scale + shift,
-            torch.cat([key, position], dim=1) * scale,
-            self.conv1.weight[:, :, 0, 0] * affine[2][:, None],
-            affine[3],
-            self.conv2.weight[:, :, 0, 0],
-            self.conv2.bias,
-            self.kernel_size,
-            self.dilation,
-        )
+        query, key = torch.cat([query, position], dim=1), torch.cat([key, position], dim=1)
+        window = self.kernel_size, self.dilation
+        count = query[:, 0].numel() * self.kernel_size ** 2
+        scale, shift = affine_or_batch(self.norm1, lambda: difference_moments(query, key, *window), count, query)
+        query = query * scale[:, None, None] + shift[:, None, None]
+        key = key * scale[:, None, None]
+        weight1, weight2, bias2 = self.conv1.weight[:, :, 0, 0], self.conv2.weight[:, :, 0, 0], self.conv2.bias
+        assert bias2 is not None
+        affine = affine_of(self.norm2)
+        if affine is not None:
+            weight1 = weight1 * affine[0][:, None]
+            return difference_network(query, key, weight1, affine[1], weight2, bias2, *window)
+        scale, shift = weight_and_bias(self.norm2, query)
+        logits, mean, variance = normed_difference_network(
+            query, key, weight1, scale, shift, self.norm2.eps, weight2, bias2, *window)
+        update_running(self.norm2, mean, variance, count)
+        return logits
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         query, key, value = self.project(x)
@@ -228,31 +239,29 @@ class PatchwiseAttention(_NeighbourhoodAttention):
 
     def attention(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """Weights (B, G, K * K, H, W), unbounded and not normalised."""
-        if not torch.jit.is_scripting():
-            affine = self._affine_norms(query)
-            if affine is not None:
-                return self.conv2(self._hidden_by_rows(query, key, affine)).unflatten(1, (self.num_groups, -1))
-        weight = torch.cat([query, patch(key, self.kernel_size, self.dilation)], dim=1)
-        weight = self.conv1(self.act1(self.norm1(weight)))
+        if not torch.jit.is_scripting() and self._goes_by_rows(query):
+            weight = self._hidden_by_rows(query, key)
+        else:
+            weight = torch.cat([query, patch(key, self.kernel_size, self.dilation)], dim=1)
+            weight = self.conv1(self.act1(self.norm1(weight)))
         weight = self.conv2(self.act2(self.norm2(weight)))
         return weight.unflatten(1, (self.num_groups, -1))
 
     @torch.jit.unused
-    def _hidden_by_rows(
-            self,
-            query: torch.Tensor,
-            key: torch.Tensor,
-            affine: Affines,
-    ) -> torch.Tensor:
-        """What the last convolution is applied to; the second norm acts on the first convolution."""
-        scale, shift, scale2, shift2 = affine
-        channels = self.dim_key
-        weight = self.conv1.weight[:, :, 0, 0] * scale2[:, None]
-        hidden = patch_network(
-            key, scale[channels:], shift[channels:], weight[:, channels:], self.kernel_size, self.dilation)
-        centre = (query * scale[:channels, None, None] + shift[:channels, None, None]).relu_().flatten(2)
-        hidden.flatten(2).baddbmm_(weight[:, :channels].expand(query.shape[0], -1, -1), centre)
-        return hidden.add_(shift2[:, None, None]).relu_()
+    def _hidden_by_rows(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """What the second norm is applied to."""
+        channels, window = self.dim_key, (self.kernel_size, self.dilation)
+
+        def moments() -> tuple[torch.Tensor, torch.Tensor]:
+            variance, mean = torch.var_mean(query.double(), (0, 2, 3), correction=0)
+            means, variances = patch_moments(key, *window)
+            return torch.cat([mean, means]), torch.cat([variance, variances])
+
+        scale, shift = affine_or_batch(self.norm1, moments, query[:, 0].numel(), query)
+        centre = (query * scale[:channels, None, None] + shift[:channels, None, None]).relu()
+        weight = self.conv1.weight
+        hidden = patch_network(key, scale[channels:], shift[channels:], weight[:, channels:, 0, 0], *window)
+        return hidden + F.conv2d(centre, weight[:, :channels])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         query, key, value = self.project(x)

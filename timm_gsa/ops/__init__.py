@@ -2,12 +2,17 @@
 from .aggregation import aggregation, aggregation_reference
 from .content_attention import content_attention, content_attention_reference
 from .gaussian_attention import gaussian_attention, gaussian_attention_reference, gaussian_weight
+from .global_attention import global_attention, global_attention_reference
 from .neighbourhood import neighbourhood, reflect_pad
 from .position_attention import column_attention, column_attention_reference, resize_relative_table, row_attention
 from .relation import coordinates, patch, subtraction
 from .relation_network import (
+    difference_moments,
     difference_network,
     difference_network_reference,
+    normed_difference_network,
+    normed_difference_network_reference,
+    patch_moments,
     patch_network,
     patch_network_reference,
 )
@@ -20,13 +25,19 @@ __all__ = [
     'content_attention',
     'content_attention_reference',
     'coordinates',
+    'difference_moments',
     'difference_network',
     'difference_network_reference',
     'gaussian_attention',
     'gaussian_attention_reference',
     'gaussian_weight',
+    'global_attention',
+    'global_attention_reference',
     'neighbourhood',
+    'normed_difference_network',
+    'normed_difference_network_reference',
     'patch',
+    'patch_moments',
     'patch_network',
     'patch_network_reference',
     'reflect_pad',

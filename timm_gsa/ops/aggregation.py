@@ -140,18 +140,18 @@ class _ShiftedSum(torch.autograd.Function):
         source = _grouped(padded, groups)
         grad_padded = torch.zeros_like(padded, dtype=wide)
         target = _grouped(grad_padded, groups)
-        grad_weight = []
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         for place in range(ctx.kernel_size ** 2):
             top = place // ctx.kernel_size * ctx.dilation
             left = place % ctx.kernel_size * ctx.dilation
             window = (..., slice(top, top + height), slice(left, left + width))
             if ctx.needs_input_grad[0]:
                 target[window].addcmul_(grad, weight[:, None, :, place])
-            if ctx.needs_input_grad[1]:
-                grad_weight.append((grad * source[window]).sum(1, dtype=wide))
+            if grad_weight is not None:
+                grad_weight[:, :, place] = (grad * source[window]).sum(1, dtype=wide)
         return (
             grad_padded.to(padded.dtype) if ctx.needs_input_grad[0] else None,
-            torch.stack(grad_weight, dim=2).to(weight.dtype) if ctx.needs_input_grad[1] else None,
+            grad_weight,
             None,
             None,
         )

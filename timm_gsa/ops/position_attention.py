@@ -3,12 +3,13 @@ and a learned embedding of the offset.
 
 Source: Shen et al., "Global Self-Attention Networks for Image Recognition", arXiv 2010.03019, Figure 1.
 """
-from itertools import product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from ._paths import inference_on_cpu
+from ._axial import by_columns, by_rows, column_blocks, from_columns, gather, image_blocks, unfolded
+from ._paths import eager_on_cpu
 
 __all__ = ['column_attention', 'column_attention_reference', 'resize_relative_table', 'row_attention']
 
@@ -34,10 +35,9 @@ def column_attention(query: torch.Tensor, value: torch.Tensor, table: torch.Tens
     """
     _check(query, table)
     if not torch.jit.is_scripting():
-        if _large(query) and inference_on_cpu(query, value, table):
-            return _by_blocks(query, value, table)
-    logits = torch.einsum('bhdxy,xid->bhyxi', query, _pairwise_embedding(table, query.shape[-2]))
-    return torch.einsum('bhyxi,bheiy->bhexy', logits, value)
+        if _large(query) and eager_on_cpu(query, value, table):
+            return _BlockedColumns.apply(query, value, table)
+    return _column_attention(query, value, table)
 
 
 def row_attention(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -111,34 +111,63 @@ def _check(query: torch.Tensor, table: torch.Tensor) -> None:
         )
 
 
-# Logits that are computed at once: few enough to stay in the cache of a CPU, and enough for its matrix products.
-_BLOCK = 2 ** 18
-_LARGE = 2 ** 16
-
-
-def _large(query: torch.Tensor) -> bool:
-    """Whether the logits of one head are too many for those of a whole batch to be computed at once."""
-    height, width = query.shape[-2:]
-    return height * height * width > _LARGE
-
-
-def _by_blocks(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """`column_attention` for one image, head and block of rows after the other; not differentiable."""
-    height, width = query.shape[-2:]
-    embedding = table.unfold(0, height, 1).flip(0)  # (x, d, i)
-    rows = max(1, _BLOCK // (height * width))
-    out = torch.empty_like(value)
-    for image, head in product(range(query.shape[0]), range(query.shape[1])):
-        q, v, target = query[image, head], value[image, head], out[image, head]
-        by_column = v.permute(2, 1, 0).contiguous()  # (y, i, e)
-        for top in range(0, height, rows):
-            block = slice(top, top + rows)
-            logits = torch.bmm(q[:, block].permute(1, 2, 0), embedding[block])  # (x, y, i)
-            target[:, block].permute(2, 1, 0).copy_(torch.bmm(logits.transpose(0, 1), by_column))
-    return out
+def _column_attention(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """`column_attention` by operations that every compiler and exporter takes, with the logits of all positions."""
+    logits = torch.einsum('bhdxy,xid->bhyxi', query, _pairwise_embedding(table, query.shape[-2]))
+    return torch.einsum('bhyxi,bheiy->bhexy', logits, value)
 
 
 def _pairwise_embedding(table: torch.Tensor, length: int) -> torch.Tensor:
     """(2L - 1, d) embeddings of offsets gathered to (L, L, d), [x, i] for the offset i - x."""
     position = torch.arange(length, device=table.device)
     return table[position[None, :] - position[:, None] + length - 1]
+
+
+def _large(query: torch.Tensor) -> bool:
+    """Whether the logits of a map are so many that computing them twice takes less time than keeping them."""
+    height, width = query.shape[-2:]
+    return height * height * width >= 2 ** 14
+
+
+class _BlockedColumns(torch.autograd.Function):
+    """`column_attention` by blocks of logits, which the backward pass computes anew."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(query, value, table)
+        embedding = unfolded(table, query.shape[-2])
+        out = torch.empty_like(value)
+        for images in image_blocks(query):
+            found = gather(by_rows(query[images]), embedding, by_columns(value[images]))
+            from_columns(found, out[images])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, value, table = inputs = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for gradients of gradients
+            wanted = [x for x in inputs if x.requires_grad]
+            out = _column_attention(query, value, table)
+            found = iter(torch.autograd.grad(out, wanted, grads[0], create_graph=True))
+            return tuple(next(found) if x.requires_grad else None for x in inputs)
+        length = query.shape[-2]
+        embedding = unfolded(table, length)
+        grad_query, grad_value = torch.empty_like(query), torch.empty_like(value)
+        grad_embedding = torch.zeros_like(embedding)
+        for images in image_blocks(query):
+            q, v, g = by_rows(query[images]), by_columns(value[images]), by_columns(grads[0][images])
+            grad_q, grad_v = torch.empty_like(q), torch.empty_like(v)
+            for block in column_blocks(q):
+                logits = torch.bmm(q[:, block], embedding)  # (x, n, i)
+                torch.bmm(logits.permute(1, 2, 0), g[block], out=grad_v[block])
+                grad_logits = torch.bmm(g[block], v[block].transpose(1, 2)).transpose(0, 1)
+                grad_q[:, block] = torch.bmm(grad_logits, embedding.transpose(1, 2))
+                grad_embedding.baddbmm_(q[:, block].transpose(1, 2), grad_logits)
+            from_columns(grad_v, grad_value[images])
+            part = grad_query[images]
+            part.permute(3, 0, 1, 4, 2).copy_(grad_q.view(part.permute(3, 0, 1, 4, 2).shape))
+        position = torch.arange(length)
+        offset = position[None, :] - position[:, None] + length - 1
+        grad_table = torch.zeros_like(table).index_add_(
+            0, offset.flatten(), grad_embedding.transpose(1, 2).reshape(-1, table.shape[1]))
+        return grad_query, grad_value, grad_table

@@ -1,0 +1,174 @@
+"""SAN attention computed row by row of the neighbourhood, as on a CPU, against the general path."""
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import timm_gsa.layers.san_attention as san_attention
+from timm_gsa.layers import PairwiseAttention, PatchwiseAttention
+
+from ..gradients import outputs_and_gradients
+
+
+@pytest.fixture(params=[PairwiseAttention, PatchwiseAttention])
+def layer(request):
+    """A layer in eval mode, all of whose norms do something; some of their factors are negative or 0."""
+    torch.manual_seed(0)
+    layer = request.param(48, kernel_size=5, dim_key=4, dim_out=24, num_groups=3).double().eval()
+    for norm in (layer.norm1, layer.norm2):
+        nn.init.normal_(norm.weight)
+        norm.weight.data[::7] = 0
+        nn.init.normal_(norm.bias)
+        nn.init.normal_(norm.running_mean)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+    return layer
+
+
+@pytest.fixture
+def by_rows(monkeypatch):
+    """Counts how often weights are computed row by row, for training on maps of any size."""
+    calls = []
+    monkeypatch.setattr(san_attention, '_LARGE', 1)
+    for name in ('difference_network', 'normed_difference_network', 'patch_network'):
+        network = getattr(san_attention, name)
+        monkeypatch.setattr(san_attention, name, lambda *args, network=network: calls.append(1) or network(*args))
+    return calls
+
+
+@pytest.fixture
+def generally(monkeypatch):
+    """Calls a function on the general path."""
+    def call(function, *args):
+        with monkeypatch.context() as patch:
+            patch.setattr(san_attention, 'eager_on_cpu', lambda *tensors: False)
+            return function(*args)
+
+    return call
+
+
+def images(batch, height, width, channels_last=False):
+    x = torch.randn(batch, 48, height, width, dtype=torch.float64)
+    return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+
+@pytest.mark.parametrize('channels_last', [False, True])
+@pytest.mark.parametrize('shape', [(1, 1, 1), (2, 2, 7), (3, 11, 6)])
+def test_inference_agrees_with_the_general_path(layer, by_rows, generally, shape, channels_last):
+    x = images(*shape, channels_last)
+    expected = generally(layer, x).detach()
+    assert not by_rows
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), expected)
+    assert len(by_rows) == 2
+
+
+@pytest.mark.parametrize('training', [True, False], ids=['training', 'frozen norms'])
+@pytest.mark.parametrize('channels_last', [False, True])
+@pytest.mark.parametrize('shape', [(1, 1, 2), (2, 2, 7), (3, 11, 6)])
+def test_training_agrees_with_the_general_path(layer, by_rows, generally, shape, channels_last, training):
+    """Output, gradients of the input and all parameters, and running statistics after two steps."""
+    other = copy.deepcopy(layer.train(training))
+    x = images(*shape, channels_last)
+
+    def twice(layer):
+        def run(x, *parameters):
+            def once(x):
+                return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), x)
+
+            once(x.detach())
+            return once(x)
+
+        names = [name for name, _ in layer.named_parameters()]
+        return outputs_and_gradients(run, x, *layer.parameters())
+
+    ours, theirs = twice(layer), generally(twice, other)
+    assert len(by_rows) == 2
+    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(layer.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize('change', [
+    lambda norm: setattr(norm, 'momentum', None),
+    lambda norm: setattr(norm, 'momentum', 0.5),
+    lambda norm: norm.__init__(norm.num_features, track_running_stats=False, dtype=torch.float64),
+    lambda norm: norm.__init__(norm.num_features, affine=False, dtype=torch.float64),
+])
+def test_norms_of_every_setting_train_alike(layer, by_rows, generally, change):
+    for norm in (layer.norm1, layer.norm2):
+        change(norm)
+    other = copy.deepcopy(layer.train())
+    x = images(2, 6, 5)
+    for _ in range(3):
+        torch.testing.assert_close(layer(x), generally(other, x))
+    assert len(by_rows) == 3
+    torch.testing.assert_close(layer.state_dict(), other.state_dict())
+
+
+def test_one_number_a_channel_cannot_be_normalised(by_rows, generally):
+    """As by the norm itself; of the pairwise kind every place is a number."""
+    layer = PatchwiseAttention(48, kernel_size=5).double().train()
+    for run in (lambda: layer(images(1, 1, 1)), lambda: generally(layer, images(1, 1, 1))):
+        with pytest.raises(ValueError, match='more than 1 value per channel'):
+            run()
+
+
+@pytest.mark.parametrize('kind', [PairwiseAttention, PatchwiseAttention])
+def test_small_maps_train_on_the_general_path(kind, monkeypatch):
+    calls = []
+    monkeypatch.setattr(san_attention, 'affine_or_batch', lambda *args: calls.append(1))
+    kind(48, kernel_size=5)(torch.randn(2, 48, 14, 14, requires_grad=True))
+    assert not calls
+
+
+@pytest.mark.parametrize('kind', [PairwiseAttention, PatchwiseAttention])
+def test_training_on_large_maps_keeps_no_relations(kind):
+    """What autograd holds of a layer is no more than its weights and a few maps."""
+    layer = kind(64, kernel_size=7)
+    x = torch.randn(1, 64, 32, 32, requires_grad=True)
+    held = {}
+
+    def pack(tensor):
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x)
+    weights = 4 * layer.num_groups * 49 * 32 * 32
+    assert sum(held.values()) < weights + 8 * 4 * x.numel()
+
+
+@pytest.mark.parametrize('change', [
+    lambda layer: layer.norm2.train(),
+    lambda layer: setattr(layer, 'norm1', nn.GroupNorm(1, layer.norm1.num_features).double()),
+    lambda layer: setattr(layer, 'act2', nn.GELU()),
+    lambda layer: setattr(layer, 'conv1', nn.Sequential(layer.conv1)),
+    lambda layer: layer.norm2.register_forward_hook(lambda module, args, output: 2 * output),
+    lambda layer: layer.act1.register_forward_pre_hook(lambda module, args: (args[0] + 1,)),
+])
+def test_layers_changed_by_hand_take_the_general_path(layer, by_rows, generally, change):
+    change(layer)
+    x = images(2, 6, 6)
+    expected = generally(copy.deepcopy(layer), x).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
+    assert not by_rows
+
+
+@pytest.mark.filterwarnings('ignore:There is a performance drop')  # of vmap over a loop of addcmul_
+def test_transforms_and_autocast_take_the_general_path(layer, by_rows):
+    x = torch.randn(3, 2, 48, 6, 6, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.func.vmap(layer)(x), torch.stack([layer(each) for each in x]))
+        assert len(by_rows) == 3
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            layer.float()(x[0].float())
+    assert len(by_rows) == 3
+
+
+def test_half_precision_takes_the_general_path(layer, by_rows):
+    with torch.no_grad():
+        layer.bfloat16()(torch.randn(1, 48, 6, 6, dtype=torch.bfloat16))
+    assert not by_rows
