@@ -58,7 +58,9 @@ def difference_network(
     """
     padded = reflect_pad(key, same_padding(kernel_size, dilation))
     scale = torch.ones_like(bias1)
-    return _DifferenceNetwork.apply(query, padded, weight1, scale, bias1, weight2, bias2, None, kernel_size, dilation)[0]
+    out, _, _ = _DifferenceNetwork.apply(
+        query, padded, weight1, scale, bias1, weight2, bias2, None, kernel_size, dilation)
+    return out
 
 
 def difference_network_reference(
