@@ -5,6 +5,7 @@ from .version import __version__ as __version__
 require_supported_timm()
 
 from . import layers, models, ops  # noqa: E402
+from ._fuse import fuse  # noqa: E402
 from .interpret import attention_maps, attention_rollout  # noqa: E402
 
-__all__ = ['attention_maps', 'attention_rollout', 'layers', 'models', 'ops']
+__all__ = ['attention_maps', 'attention_rollout', 'fuse', 'layers', 'models', 'ops']

@@ -115,7 +115,7 @@ def plain() -> Iterator[None]:
     replaced: list[tuple[Any, str, Any]] = [
         (san_attention, 'aggregation', ops.aggregation_reference),
         (san_attention, 'eager_on_cpu', lambda *tensors: False),
-        (global_self_attention, 'inference_on_cpu', lambda *tensors: False),
+        (global_self_attention, 'records_gradients', lambda *tensors: True),
         (global_self_attention, 'column_attention', ops.column_attention_reference),
         (global_self_attention, 'row_attention', row_attention_reference),
         (prior_attention, 'gaussian_attention', ops.gaussian_attention_reference),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.layers import LayerType, get_norm_layer, register_notrace_module, to_2tuple
 
 from ..ops import column_attention, content_attention, global_attention, resize_relative_table, row_attention
-from ..ops._paths import inference_on_cpu
+from ..ops._paths import compiled_for_cpu, eager_on_cpu, records_gradients
 from ._norm import affine_of
 
 __all__ = ['GlobalSelfAttention']
@@ -124,7 +124,11 @@ class GlobalSelfAttention(nn.Module):
     @torch.jit.unused
     def _affine_norm(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Factor and shift of the norm where inference may compute it along with the attention, else None."""
-        if self.norm._forward_hooks or self.norm._forward_pre_hooks or not inference_on_cpu(query, *self.parameters()):
+        tensors = query, *self.parameters()
+        if (
+                self.norm._forward_hooks or self.norm._forward_pre_hooks or records_gradients(*tensors)
+                or not (eager_on_cpu(*tensors) or compiled_for_cpu(*tensors))
+        ):
             return None
         return affine_of(self.norm)
 

@@ -1,7 +1,16 @@
 """When an operation may take a path that writes into buffers of its own."""
+from typing import Any
+
 import torch
 
-__all__ = ['eager_on_cpu', 'inference_on_cpu']
+__all__ = [
+    'compiled_for_cpu',
+    'differentiable_gradients',
+    'eager_on_cpu',
+    'inference_on_cpu',
+    'is_exporting',
+    'records_gradients',
+]
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -24,7 +33,41 @@ def eager_on_cpu(*tensors: torch.Tensor) -> bool:
     )
 
 
+def records_gradients(*tensors: torch.Tensor) -> bool:
+    """Whether autograd records what is done with tensors."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
 @torch.jit.unused
 def inference_on_cpu(*tensors: torch.Tensor) -> bool:
     """Whether `eager_on_cpu`, and no gradients are recorded."""
-    return eager_on_cpu(*tensors) and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+    return eager_on_cpu(*tensors) and not records_gradients(*tensors)
+
+
+@torch.jit.unused
+def compiled_for_cpu(*tensors: torch.Tensor) -> bool:
+    """Whether torch.compile makes code for a CPU in float32 or float64, and not a program to be exported.
+
+    A program must load where this package, which registers its operators, is not.
+    """
+    return (
+        torch.compiler.is_compiling()
+        and not is_exporting()
+        and all(x.device.type == 'cpu' and x.dtype in (torch.float32, torch.float64) for x in tensors)
+    )
+
+
+# Came with torch 2.7; programs that an earlier torch exports hold the form for the compiler.
+is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
+
+
+def differentiable_gradients(
+        function: Any,
+        tensors: tuple[torch.Tensor, ...],
+        grad: torch.Tensor,
+        *more: Any,
+) -> tuple[Any, ...]:
+    """Gradients that are differentiable in turn, of a function of tensors and of arguments that have none."""
+    wanted = [x for x in tensors if x.requires_grad]
+    found = iter(torch.autograd.grad(function(*tensors, *more), wanted, grad, create_graph=True, allow_unused=True))
+    return *(next(found) if x.requires_grad else None for x in tensors), *(None for _ in more)

@@ -7,12 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ._paths import is_exporting
 from .neighbourhood import reflect_pad, same_padding, windows
 
 __all__ = ['aggregation', 'aggregation_reference']
-
-# Came with torch 2.7; graphs that an earlier torch exports hold the form for the compiler.
-_is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
 
 
 def aggregation(value: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int = 1) -> torch.Tensor:
@@ -41,7 +39,7 @@ def aggregation(value: torch.Tensor, weight: torch.Tensor, kernel_size: int, dil
     if torch.jit.is_scripting() or torch.jit.is_tracing():
         return _shifted_sum(padded, weight, kernel_size, dilation)
     else:
-        if _is_exporting():
+        if is_exporting():
             return _shifted_sum(padded, weight, kernel_size, dilation)
         if torch.compiler.is_compiling():
             return _window_sum(padded, weight, kernel_size, dilation)

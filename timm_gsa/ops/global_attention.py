@@ -5,7 +5,7 @@ Source: Shen et al., "Global Self-Attention Networks for Image Recognition", arX
 import torch
 
 from ._axial import by_columns, by_rows, gather, image_blocks, unfolded
-from ._paths import inference_on_cpu
+from ._paths import compiled_for_cpu, eager_on_cpu, records_gradients
 from .content_attention import content_attention
 from .position_attention import column_attention, row_attention
 
@@ -25,8 +25,8 @@ def global_attention(
 
     out = content(query, key, value) + row(query, scale * column(query, value, table_h) + shift, table_w)
 
-    with `content_attention`, `column_attention` and `row_attention`. In inference on a CPU images are computed one
-    after the other, so that all that lies between stays in the cache.
+    with `content_attention`, `column_attention` and `row_attention`. In inference on a CPU, compiled or not, images are
+    computed one after the other, so that all that lies between stays in the cache.
 
     Args:
         query: Tensor of shape (B, heads, d, H, W).
@@ -40,21 +40,10 @@ def global_attention(
     Returns:
         Tensor of shape (B, heads, e, H, W).
     """
-    batch, heads, channels, height, width = value.shape
-    if not inference_on_cpu(query, key, value, table_h, table_w, scale, shift):
-        return global_attention_reference(query, key, value, table_h, table_w, scale, shift)
-    embedding_h, embedding_w = unfolded(table_h, height), unfolded(table_w, width)
-    scale, shift = scale.view(heads, 1, 1, channels), shift.view(heads, 1, 1, channels)
-    out = value.new_empty(value.shape)
-    for images in image_blocks(query):
-        q, k, v = query[images], key[images], value[images]
-        content = content_attention(q, k, v)
-        column = gather(by_rows(q), embedding_h, by_columns(v)).view(-1, heads, width, height, channels)
-        normed = value.new_empty(len(q), heads, height, width, channels)
-        torch.addcmul(shift, column.transpose(2, 3), scale, out=normed)
-        position = gather(by_rows(q.transpose(-1, -2)), embedding_w, normed.view(-1, width, channels))
-        torch.add(content, position.view(normed.shape).permute(0, 1, 4, 2, 3), out=out[images])
-    return out
+    tensors = query, key, value, table_h, table_w, scale, shift
+    if (eager_on_cpu(*tensors) or compiled_for_cpu(*tensors)) and not records_gradients(*tensors):
+        return _image_by_image(*tensors)
+    return global_attention_reference(*tensors)
 
 
 def global_attention_reference(
@@ -70,3 +59,41 @@ def global_attention_reference(
     shape = (*value.shape[1:3], 1, 1)
     column = column_attention(query, value, table_h) * scale.view(shape) + shift.view(shape)
     return content_attention(query, key, value) + row_attention(query, column, table_w)
+
+
+@torch.library.custom_op('timm_gsa::global_attention', mutates_args=(), device_types='cpu')
+def _image_by_image(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        table_h: torch.Tensor,
+        table_w: torch.Tensor,
+        scale: torch.Tensor,
+        shift: torch.Tensor,
+) -> torch.Tensor:
+    """An operator, as the compiler makes calls of matrix products of the steps, with whole batches between them."""
+    heads, channels, height, width = value.shape[1:]
+    embedding_h, embedding_w = unfolded(table_h, height), unfolded(table_w, width)
+    scale, shift = scale.view(heads, 1, 1, channels), shift.view(heads, 1, 1, channels)
+    out = value.new_empty(value.shape)
+    for images in image_blocks(query):
+        q, k, v = query[images], key[images], value[images]
+        column = gather(by_rows(q), embedding_h, by_columns(v)).view(-1, heads, width, height, channels)
+        normed = value.new_empty(len(q), heads, height, width, channels)
+        torch.addcmul(shift, column.transpose(2, 3), scale, out=normed)
+        position = gather(by_rows(q.transpose(-1, -2)), embedding_w, normed.view(-1, width, channels))
+        torch.add(content_attention(q, k, v), position.view(normed.shape).permute(0, 1, 4, 2, 3), out=out[images])
+    return out
+
+
+@_image_by_image.register_fake
+def _like_value(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        table_h: torch.Tensor,
+        table_w: torch.Tensor,
+        scale: torch.Tensor,
+        shift: torch.Tensor,
+) -> torch.Tensor:
+    return value.new_empty(value.shape)

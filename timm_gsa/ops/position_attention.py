@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ._axial import by_columns, by_rows, column_blocks, from_columns, gather, image_blocks, unfolded
-from ._paths import eager_on_cpu
+from ._paths import compiled_for_cpu, differentiable_gradients, eager_on_cpu
 
 __all__ = ['column_attention', 'column_attention_reference', 'resize_relative_table', 'row_attention']
 
@@ -35,8 +35,8 @@ def column_attention(query: torch.Tensor, value: torch.Tensor, table: torch.Tens
     """
     _check(query, table)
     if not torch.jit.is_scripting():
-        if _large(query) and eager_on_cpu(query, value, table):
-            return _BlockedColumns.apply(query, value, table)
+        if compiled_for_cpu(query, value, table) or (_large(query) and eager_on_cpu(query, value, table)):
+            return _blocked(query, value, table)
     return _column_attention(query, value, table)
 
 
@@ -129,45 +129,74 @@ def _large(query: torch.Tensor) -> bool:
     return height * height * width >= 2 ** 14
 
 
-class _BlockedColumns(torch.autograd.Function):
-    """`column_attention` by blocks of logits, which the backward pass computes anew."""
+@torch.library.custom_op('timm_gsa::column_attention', mutates_args=(), device_types='cpu')
+def _blocked(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """`column_attention` by blocks of logits, which the backward pass computes anew.
 
-    @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(query, value, table)
-        embedding = unfolded(table, query.shape[-2])
-        out = torch.empty_like(value)
-        for images in image_blocks(query):
-            found = gather(by_rows(query[images]), embedding, by_columns(value[images]))
-            from_columns(found, out[images])
-        return out
+    An operator, as the compiler makes calls of matrix products of the steps, with all logits between them.
+    """
+    embedding = unfolded(table, query.shape[-2])
+    out = torch.empty_like(value)
+    for images in image_blocks(query):
+        found = gather(by_rows(query[images]), embedding, by_columns(value[images]))
+        from_columns(found, out[images])
+    return out
 
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, value, table = inputs = ctx.saved_tensors
-        if torch.is_grad_enabled():  # for gradients of gradients
-            wanted = [x for x in inputs if x.requires_grad]
-            out = _column_attention(query, value, table)
-            found = iter(torch.autograd.grad(out, wanted, grads[0], create_graph=True))
-            return tuple(next(found) if x.requires_grad else None for x in inputs)
-        length = query.shape[-2]
-        embedding = unfolded(table, length)
-        grad_query, grad_value = torch.empty_like(query), torch.empty_like(value)
-        grad_embedding = torch.zeros_like(embedding)
-        for images in image_blocks(query):
-            q, v, g = by_rows(query[images]), by_columns(value[images]), by_columns(grads[0][images])
-            grad_q, grad_v = torch.empty_like(q), torch.empty_like(v)
-            for block in column_blocks(q):
-                logits = torch.bmm(q[:, block], embedding)  # (x, n, i)
-                torch.bmm(logits.permute(1, 2, 0), g[block], out=grad_v[block])
-                grad_logits = torch.bmm(g[block], v[block].transpose(1, 2)).transpose(0, 1)
-                grad_q[:, block] = torch.bmm(grad_logits, embedding.transpose(1, 2))
-                grad_embedding.baddbmm_(q[:, block].transpose(1, 2), grad_logits)
-            from_columns(grad_v, grad_value[images])
-            part = grad_query[images]
-            part.permute(3, 0, 1, 4, 2).copy_(grad_q.view(part.permute(3, 0, 1, 4, 2).shape))
-        position = torch.arange(length)
-        offset = position[None, :] - position[:, None] + length - 1
-        grad_table = torch.zeros_like(table).index_add_(
-            0, offset.flatten(), grad_embedding.transpose(1, 2).reshape(-1, table.shape[1]))
-        return grad_query, grad_value, grad_table
+
+@_blocked.register_fake
+def _like_value(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(value)
+
+
+@torch.library.custom_op('timm_gsa::column_attention_backward', mutates_args=(), device_types='cpu')
+def _blocked_backward(
+        grad: torch.Tensor,
+        query: torch.Tensor,
+        value: torch.Tensor,
+        table: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    length = query.shape[-2]
+    embedding = unfolded(table, length)
+    grad_query, grad_value = torch.empty_like(query), torch.empty_like(value)
+    grad_embedding = torch.zeros_like(embedding)
+    for images in image_blocks(query):
+        q, v, g = by_rows(query[images]), by_columns(value[images]), by_columns(grad[images])
+        grad_q, grad_v = torch.empty_like(q), torch.empty_like(v)
+        for block in column_blocks(q):
+            logits = torch.bmm(q[:, block], embedding)  # (x, n, i)
+            torch.bmm(logits.permute(1, 2, 0), g[block], out=grad_v[block])
+            grad_logits = torch.bmm(g[block], v[block].transpose(1, 2)).transpose(0, 1)
+            grad_q[:, block] = torch.bmm(grad_logits, embedding.transpose(1, 2))
+            grad_embedding.baddbmm_(q[:, block].transpose(1, 2), grad_logits)
+        from_columns(grad_v, grad_value[images])
+        turned = grad_query[images].permute(3, 0, 1, 4, 2)
+        turned.copy_(grad_q.view(turned.shape))
+    position = torch.arange(length)
+    offset = position[None, :] - position[:, None] + length - 1
+    grad_table = torch.zeros_like(table)
+    grad_table.index_add_(0, offset.flatten(), grad_embedding.transpose(1, 2).reshape(-1, table.shape[1]))
+    return grad_query, grad_value, grad_table
+
+
+@_blocked_backward.register_fake
+def _like_inputs(
+        grad: torch.Tensor,
+        query: torch.Tensor,
+        value: torch.Tensor,
+        table: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.empty_like(query), torch.empty_like(value), torch.empty_like(table)
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    inputs = ctx.saved_tensors
+    if torch.is_grad_enabled():  # for gradients of gradients
+        return differentiable_gradients(_column_attention, inputs, grad)
+    return _blocked_backward(grad, *inputs)
+
+
+_blocked.register_autograd(_gradients, setup_context=_keep_inputs)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ._paths import differentiable_gradients
 from .neighbourhood import reflect_pad, same_padding, windows
 from .relation import patch, subtraction
 
@@ -291,7 +292,8 @@ class _DifferenceNetwork(torch.autograd.Function):
         query, padded, weight1, scale, shift, weight2, bias2, first, second, mean, rate = ctx.saved_tensors
         kernel_size, dilation = ctx.window
         if torch.is_grad_enabled():  # for gradients of gradients
-            return _again(_difference_network, ctx.saved_tensors[:7], grads[0], ctx.eps, *ctx.window)
+            return differentiable_gradients(
+                _difference_network, ctx.saved_tensors[:7], grads[0], ctx.eps, *ctx.window)
         grad = grads[0].reshape(len(query), len(weight2), kernel_size, -1)
         factor = scale * rate
         folded = _folded(weight1, factor, shift - mean * factor)
@@ -412,7 +414,7 @@ class _PatchNetwork(torch.autograd.Function):
         padded, scale, shift, weight = ctx.saved_tensors
         kernel_size, dilation = ctx.window
         if torch.is_grad_enabled():  # for gradients of gradients
-            return _again(_patch_network, ctx.saved_tensors, grads[0], *ctx.window)
+            return differentiable_gradients(_patch_network, ctx.saved_tensors, grads[0], *ctx.window)
         neighbours = windows(padded, kernel_size, dilation)
         channels, height, width = padded.shape[1], *neighbours.shape[-2:]
         by_row = _by_row(weight, kernel_size)
@@ -484,10 +486,3 @@ def _window(
     """What all positions of a map see at one place, as a view (..., H, W) on the padded map."""
     top, left = row * dilation, column * dilation
     return padded[..., top:top + height, left:left + width]
-
-
-def _again(function: Any, tensors: tuple[torch.Tensor, ...], grad: torch.Tensor, *more: Any) -> tuple[Any, ...]:
-    """Gradients of a function of tensors, and of arguments that have none, which are differentiable in turn."""
-    wanted = [x for x in tensors if x.requires_grad]
-    found = iter(torch.autograd.grad(function(*tensors, *more), wanted, grad, create_graph=True, allow_unused=True))
-    return *(next(found) if x.requires_grad else None for x in tensors), *(None for _ in more)
