@@ -2,6 +2,8 @@
 
 Source: Zhao, Jia and Koltun, "Exploring Self-attention for Image Recognition", CVPR 2020, equations 2 and 4.
 """
+import functools
+import importlib.util
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from .neighbourhood import reflect_pad, same_padding, windows
 
 __all__ = ['aggregation', 'aggregation_reference']
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def aggregation(value: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int = 1) -> torch.Tensor:
     """Sum of each position's K x K neighbours, weighted per position, place and weight group.
@@ -34,7 +37,13 @@ def aggregation(value: torch.Tensor, weight: torch.Tensor, kernel_size: int, dil
         ValueError: The shapes of `value` and `weight` do not fit together, or K is even.
     """
     _check(value, weight, kernel_size)
-    padded = reflect_pad(value, same_padding(kernel_size, dilation))
+    padding = same_padding(kernel_size, dilation)
+    if not torch.jit.is_scripting():
+        if _triton_serves(value, weight, padding):
+            from ._aggregation_triton import fused_aggregation
+
+            return fused_aggregation(value, weight, kernel_size, dilation)
+    padded = reflect_pad(value, padding)
     weight = weight.to(value.dtype)
     if torch.jit.is_scripting() or torch.jit.is_tracing():
         return _shifted_sum(padded, weight, kernel_size, dilation)
@@ -61,6 +70,39 @@ def aggregation_reference(
     neighbours = F.unfold(padded, kernel_size, dilation=dilation)
     neighbours = neighbours.reshape(batch, -1, weight.shape[1], kernel_size ** 2, height, width)
     return torch.einsum('bsgkhw,bgkhw->bsghw', neighbours, weight).reshape(batch, channels, height, width)
+
+
+def _triton_serves(value: torch.Tensor, weight: torch.Tensor, padding: int) -> bool:
+    """Whether the Triton kernels compute it: on a GPU, eagerly and compiled, but not in what is exported or traced.
+
+    An exported program must load where this package, or Triton, is not: in onnxruntime, in C++, on a CPU. The compiler
+    of such a program (AOTInductor) makes one loop of the slices it holds instead.
+    """
+    return (
+        value.device.type == 'cuda'
+        and weight.device == value.device
+        and value.dtype in _FLOATS
+        and weight.dtype in _FLOATS
+        and padding < min(value.shape[-2], value.shape[-1])
+        and not is_exporting()
+        and not torch.jit.is_tracing()
+        and _runs_triton(value.device)
+    )
+
+
+@torch.compiler.assume_constant_result
+def _runs_triton(device: torch.device) -> bool:
+    return _finds_triton(device)
+
+
+@functools.cache
+def _finds_triton(device: torch.device) -> bool:
+    if importlib.util.find_spec('triton') is None or torch.version.cuda is None:
+        return False
+    if not hasattr(torch.compiler, 'is_exporting'):
+        return False
+    # What Triton supports. Where there is no device to ask, tensors are fake: traced for a device elsewhere.
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _check(value: torch.Tensor, weight: torch.Tensor, kernel_size: int) -> None:

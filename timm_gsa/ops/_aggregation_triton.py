@@ -1,0 +1,571 @@
+"""Neighbourhood aggregation on a GPU: three Triton kernels behind three operators, which are one another's gradients.
+
+    aggregation                out[c, p]   = sum over k of w[c mod G, k, p] * x[c, reflect(p + k)]
+    aggregation_value_grad     dx[c, q]    = sum over k and p with reflect(p + k) = q of w[c mod G, k, p] * g[c, p]
+    aggregation_weight_grad    dw[j, k, p] = sum over c with c mod G = j of g[c, p] * x[c, reflect(p + k)]
+
+Each is linear in both of its inputs, and its derivatives are the other two: derivatives of any order need no more.
+`timm_gsa.ops.aggregation` is the function to call and says what is computed. This module imports Triton; importing
+it registers the operators.
+"""
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+__all__ = ['fused_aggregation']
+
+_MOST_SHARING = 16  # channels sharing a weight that a thread block serves; more of them read the weights again
+
+# Sizes and strides; the few that alignment depends on reach a kernel as constants (UNIT, V).
+_NUMBERS = (
+    'batch', 'height', 'width', 'groups', 'sharing', 'scale',
+    'a_b', 'a_s', 'a_g', 'a_h', 'a_w', 'b_b', 'b_s', 'b_g', 'b_h', 'b_w', 'w_b', 'w_k', 'w_g', 'w_h', 'w_w',
+)
+
+
+@triton.jit
+def _reflected(index, size):
+    # Once at either end. Pixels that a strip has beyond the map may reach further, and are not stored.
+    return tl.maximum(size - 1 - tl.abs(size - 1 - tl.abs(index)), 0)
+
+
+@triton.jit
+def _load(planes, at, inside, known, BORDER: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr):
+    """Numbers at an offset in each plane; 0 where not `inside` (asked if BORDER) and in planes not `known` (MASKED)."""
+    numbers = ()
+    for i in tl.static_range(len(planes)):
+        if MASKED:
+            x = tl.load(planes[i] + at, mask=known[i] & inside if BORDER else known[i], other=0.)
+        elif BORDER:
+            x = tl.load(planes[i] + at, mask=inside, other=0.)
+        else:
+            x = tl.load(planes[i] + at)
+        if x.dtype == tl.bfloat16:  # one instruction a number, where the conversion takes two for every other one
+            x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+        numbers = numbers + (x.to(ACC),)
+    return numbers
+
+
+@triton.jit
+def _planes(
+        base, image, s, g, stride_b, stride_s, stride_g,
+        UNIT: tl.constexpr, V: tl.constexpr, OFFSET: tl.constexpr,
+):
+    """Pointers (N, L, E) to the first pixel of each channel, or weight, of each strip's image."""
+    if UNIT:
+        at = s.to(OFFSET) * stride_s * V + g.to(OFFSET)
+    else:
+        at = (s.to(OFFSET) * stride_s + g.to(OFFSET) * stride_g) * V
+    return base + image * stride_b * V + at
+
+
+@triton.jit
+def _channels(sharing, R: tl.constexpr, N: tl.constexpr, L: tl.constexpr, E: tl.constexpr, groups):
+    """Groups (1, L, E) of a block, the R channels sharing their weights that each thread serves, and which exist."""
+    blocks = tl.cdiv(groups, E)
+    g = tl.broadcast_to((tl.program_id(1) % blocks * E + tl.arange(0, E))[None, None, :], [1, L, E])
+    first = tl.program_id(1) // blocks * (R * L) + tl.arange(0, L)[None, :, None]
+    channels = ()
+    known = ()
+    for r in tl.static_range(R):
+        if L * E > 1:  # in another order for the next strip, as its lanes would ask the same banks of the cache
+            s = first + (tl.arange(0, N)[:, None, None] + r) % R * L
+        else:
+            s = first + r
+        channels = channels + (s,)
+        known = known + ((g < groups) & (s < sharing),)
+    return g, channels, known
+
+
+@triton.jit
+def _store(
+        a, sums, image, y, x, there, width, s, g, known, a_b, a_s, a_g, a_h, a_w,
+        UNIT: tl.constexpr, V: tl.constexpr, OFFSET: tl.constexpr, MASKED: tl.constexpr,
+        T: tl.constexpr, R: tl.constexpr,
+):
+    for r in tl.static_range(R):
+        plane = _planes(a, image, s[r], g, a_b, a_s, a_g, UNIT, V, OFFSET)
+        for t in tl.static_range(T):
+            at = (y * a_h + (x + t) * a_w) * V
+            keep = there & (x + t < width)
+            if MASKED:
+                keep = keep & known[r]
+            tl.store(plane + at, sums[t][r].to(a.dtype.element_ty), mask=keep)
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
+def _forward(
+        a, b, w, batch, height, width, groups, sharing, scale,
+        a_b, a_s, a_g, a_h, a_w, b_b, b_s, b_g, b_h, b_w, w_b, w_g, w_k, w_h, w_w,
+        A_UNIT: tl.constexpr, A_V: tl.constexpr, B_UNIT: tl.constexpr, B_V: tl.constexpr,
+        W_UNIT: tl.constexpr, W_V: tl.constexpr,
+        K: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, OFFSET: tl.constexpr, MASKED: tl.constexpr,
+        T: tl.constexpr, R: tl.constexpr, N: tl.constexpr, L: tl.constexpr, E: tl.constexpr,
+):
+    """a: output. b: value. w: weight."""
+    PAD: tl.constexpr = K // 2 * D
+    across = tl.cdiv(width, T)
+    total = batch.to(OFFSET) * height * across
+    strip = tl.program_id(0).to(OFFSET) * N + tl.arange(0, N)[:, None, None]
+    there = strip < total
+    strip = tl.minimum(strip, total - 1)
+    image = (strip // (height * across)).to(tl.int64)
+    y = strip // across % height
+    x = strip % across * T
+    g, s, known = _channels(sharing, R, N, L, E, groups)
+
+    values = ()
+    for r in tl.static_range(R):
+        values = values + (_planes(b, image, s[r], g, b_b, b_s, b_g, B_UNIT, B_V, OFFSET),)
+    weights = _planes(w, image, g * 0, g, w_b, 0, w_g, W_UNIT, W_V, OFFSET) + y * w_h * W_V
+    place = w_k.to(OFFSET) * W_V
+
+    columns = ()
+    for j in tl.static_range(T + 2 * PAD):
+        columns = columns + (_reflected(x + (j - PAD), width) * b_w * B_V,)
+    w_columns = ()
+    for t in tl.static_range(T):
+        w_columns = w_columns + (tl.minimum(x + t, width - 1) * w_w * W_V,)
+
+    sums = ((tl.zeros([N, L, E], ACC),) * R,) * T
+    for ky in range(K):
+        row = _reflected(y + (ky * D - PAD), height) * b_h * B_V
+        for j in tl.static_range(T + 2 * PAD):
+            v = _load(values, row + columns[j], there, known, False, MASKED, ACC)
+            new = ()
+            for t in tl.static_range(T):
+                if j >= t and j <= t + 2 * PAD and (j - t) % D == 0:
+                    at = w_columns[t] + (ky * K + (j - t) // D) * place
+                    factor = _load((weights,), at, there, (g < groups,), False, MASKED, ACC)[0]
+                    sums_t = ()
+                    for r in tl.static_range(R):
+                        sums_t = sums_t + (tl.fma(factor, v[r], sums[t][r]),)
+                    new = new + (sums_t,)
+                else:
+                    new = new + (sums[t],)
+            sums = new
+    _store(
+        a, sums, image, y, x, there, width, s, g, known, a_b, a_s, a_g, a_h, a_w,
+        A_UNIT, A_V, OFFSET, MASKED, T, R,
+    )
+
+
+@triton.jit(do_not_specialize=[*_NUMBERS, 'left', 'right'])
+def _value_grad(
+        a, b, w, batch, height, width, groups, sharing, scale,
+        a_b, a_s, a_g, a_h, a_w, b_b, b_s, b_g, b_h, b_w, w_b, w_g, w_k, w_h, w_w,
+        left, right,
+        A_UNIT: tl.constexpr, A_V: tl.constexpr, B_UNIT: tl.constexpr, B_V: tl.constexpr,
+        W_UNIT: tl.constexpr, W_V: tl.constexpr,
+        K: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, OFFSET: tl.constexpr, MASKED: tl.constexpr,
+        EDGE: tl.constexpr, REST: tl.constexpr,
+        T: tl.constexpr, R: tl.constexpr, N: tl.constexpr, L: tl.constexpr, E: tl.constexpr,
+):
+    """a: gradient of the value. b: gradient of the output. w: weight.
+
+    Each pixel q gathers from the pixels p that saw it, as it is or mirrored. A block keeps to one row of the maps, so
+    that mirrored rows cost nothing but where they are; columns from `left` to `right`, where nothing is mirrored, and
+    those near the borders (EDGE) are served by launches of their own. The last strip of a row holds REST pixels.
+    """
+    C: tl.constexpr = K // 2
+    PAD: tl.constexpr = C * D
+    y = tl.program_id(0).to(OFFSET) % height
+    strip = tl.program_id(0).to(OFFSET) // height * N + tl.arange(0, N)[:, None, None]
+    if EDGE:
+        strips = left // T + tl.cdiv(width - right, T)  # of an image
+    else:
+        strips = (right - left) // T
+    there = strip < batch.to(OFFSET) * strips
+    strip = tl.minimum(strip, batch.to(OFFSET) * strips - 1)
+    image = (strip // strips).to(tl.int64)
+    strip = strip % strips
+    if EDGE:
+        strip = tl.where(strip < left // T, strip, strip + (right - left) // T)
+    else:
+        strip += left // T
+    last = tl.cdiv(width, T) - 1
+    x = strip * T
+    g, s, known = _channels(sharing, R, N, L, E, groups)
+
+    grads = ()
+    for r in tl.static_range(R):
+        grads = grads + (_planes(b, image, s[r], g, b_b, b_s, b_g, B_UNIT, B_V, OFFSET),)
+    weights = _planes(w, image, g * 0, g, w_b, 0, w_g, W_UNIT, W_V, OFFSET)
+    place = w_k.to(OFFSET) * W_V
+
+    columns = ()
+    w_columns = ()
+    inside = ()
+    for j in tl.static_range(T + 2 * PAD):
+        column = x + (j - PAD)
+        columns = columns + (column * b_w * B_V,)
+        w_columns = w_columns + (column * w_w * W_V,)
+        inside = inside + ((column >= 0) & (column < width),)
+
+    sums = ((tl.zeros([N, L, E], ACC),) * R,) * T
+    for mirror in range(3):
+        # The row itself, then its images above and below the map, which exist near a border only.
+        seen_y = tl.where(mirror == 0, y, tl.where(mirror == 1, -y, 2 * (height - 1) - y))
+        above = (mirror == 1) & (y > 0) & (y <= PAD)
+        below = (mirror == 2) & (y < height - 1) & (y >= height - 1 - PAD)
+        start = tl.maximum((seen_y + PAD - (height - 1) + D - 1) // D, 0)
+        stop = tl.minimum((seen_y + PAD) // D, K - 1) + 1
+        for ky in range(start, tl.where((mirror == 0) | above | below, stop, 0)):
+            row = seen_y + PAD - ky * D
+            for j in tl.static_range(T + 2 * PAD):
+                v = _load(grads, row * b_h * B_V + columns[j], inside[j], known, EDGE, MASKED, ACC)
+                here = (weights + (row * w_h * W_V + w_columns[j]),)
+                new = ()
+                for t in tl.static_range(T):
+                    if j >= t and j <= t + 2 * PAD and (EDGE or (j - t) % D == 0):
+                        factor = tl.zeros([N, L, E], ACC)
+                        if (j - t) % D == 0:
+                            at = (ky * K + C + (t + PAD - j) // D) * place
+                            factor = _load(here, at, inside[j], (g < groups,), EDGE, MASKED, ACC)[0]
+                        # Mirrored at the left, in the n-th strip: q = n T + t and p = n T + j - PAD, at place -(q + p).
+                        for n in tl.static_range(PAD // T + 1 if EDGE else 0):
+                            if n * T + t > 0 and n * T + j >= PAD and 2 * n * T + t + j <= 2 * PAD:
+                                if (2 * n * T + t + j - PAD) % D == 0:
+                                    at = (ky * K + C - (2 * n * T + t + j - PAD) // D) * place
+                                    factor += _load(here, at, strip == n, (g < groups,), True, MASKED, ACC)[0]
+                        # At the right, in the n-th last strip, the same in distances from the last column.
+                        for n in tl.static_range(PAD // T + 2 if EDGE else 0):
+                            if n * T + REST > t + 1 and n * T + REST + PAD > j and 2 * (n * T + REST - 1) <= t + j:
+                                if (2 * (n * T + REST - 1) - t - j + PAD) % D == 0:
+                                    at = (ky * K + C + (2 * (n * T + REST - 1) - t - j + PAD) // D) * place
+                                    factor += _load(here, at, strip == last - n, (g < groups,), True, MASKED, ACC)[0]
+                        sums_t = ()
+                        for r in tl.static_range(R):
+                            sums_t = sums_t + (tl.fma(factor, v[r], sums[t][r]),)
+                        new = new + (sums_t,)
+                    else:
+                        new = new + (sums[t],)
+                sums = new
+    _store(
+        a, sums, image, y, x, there, width, s, g, known, a_b, a_s, a_g, a_h, a_w,
+        A_UNIT, A_V, OFFSET, MASKED, T, R,
+    )
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
+def _weight_grad(
+        a, b, w, batch, height, width, groups, sharing, scale,
+        a_b, a_s, a_g, a_h, a_w, b_b, b_s, b_g, b_h, b_w, w_b, w_g, w_k, w_h, w_w,
+        A_UNIT: tl.constexpr, A_V: tl.constexpr, B_UNIT: tl.constexpr, B_V: tl.constexpr,
+        W_UNIT: tl.constexpr, W_V: tl.constexpr,
+        K: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, OFFSET: tl.constexpr, MASKED: tl.constexpr,
+        T: tl.constexpr, N: tl.constexpr, E: tl.constexpr,
+):
+    """a: gradient of the output. b: value. w: gradient of the weight."""
+    PAD: tl.constexpr = K // 2 * D
+    across = tl.cdiv(width, T)
+    total = batch.to(OFFSET) * height * across
+    strip = tl.program_id(0).to(OFFSET) * N + tl.arange(0, N)[:, None, None]
+    there = strip < total
+    strip = tl.minimum(strip, total - 1)
+    image = (strip // (height * across)).to(tl.int64)
+    y = strip // across % height
+    x = strip % across * T
+    g = (tl.program_id(1) * E + tl.arange(0, E))[None, None, :]
+
+    grads = _planes(a, image, g * 0, g, a_b, a_s, a_g, A_UNIT, A_V, OFFSET) + y * a_h * A_V
+    values = _planes(b, image, g * 0, g, b_b, b_s, b_g, B_UNIT, B_V, OFFSET)
+    results = _planes(w, image, g * 0, g, w_b, 0, w_g, W_UNIT, W_V, OFFSET) + y * w_h * W_V
+    place = w_k.to(OFFSET) * W_V
+
+    a_columns = ()
+    w_columns = ()
+    for t in tl.static_range(T):
+        a_columns = a_columns + (tl.minimum(x + t, width - 1) * a_w * A_V,)
+        w_columns = w_columns + ((x + t) * w_w * W_V,)
+    columns = ()
+    for j in tl.static_range(T + 2 * PAD):
+        columns = columns + (_reflected(x + (j - PAD), width) * b_w * B_V,)
+
+    for ky in range(K):
+        row = _reflected(y + (ky * D - PAD), height) * b_h * B_V
+        sums = ((tl.zeros([N, 1, E], ACC),) * K,) * T
+        # Neighbouring strips start at different channels, for the sake of the banks of the cache (see `_channels`); by
+        # their column, so that the order does not depend on the tile.
+        s = x // 2 % sharing if E > 1 else x * 0
+        for _ in range(sharing):
+            d = ()
+            for t in tl.static_range(T):
+                d = d + _load((grads,), a_columns[t] + s * a_s * A_V, there, (g < groups,), False, MASKED, ACC)
+            for j in tl.static_range(T + 2 * PAD):
+                v = _load((values,), row + columns[j] + s * b_s * B_V, there, (g < groups,), False, MASKED, ACC)[0]
+                new = ()
+                for t in tl.static_range(T):
+                    places = ()
+                    for kx in tl.static_range(K):
+                        if j == t + kx * D:
+                            places = places + (tl.fma(d[t], v, sums[t][kx]),)
+                        else:
+                            places = places + (sums[t][kx],)
+                    new = new + (places,)
+                sums = new
+            s = tl.where(s == sharing - 1, 0, s + 1)
+        for t in tl.static_range(T):
+            keep = there & (x + t < width)
+            if MASKED:
+                keep = keep & (g < groups)
+            for kx in tl.static_range(K):
+                result = sums[t][kx]
+                if w.dtype.element_ty.primitive_bitwidth == 16:  # no conversion leads there from float64
+                    result = result.to(tl.float32)
+                at = w_columns[t] + (ky * K + kx) * place
+                tl.store(results + at, result.to(w.dtype.element_ty), mask=keep)
+
+
+def _tiles(kernel: Any, last: bool, groups: int, sharing: int, itemsize: int, rest: int) -> list[dict[str, Any]]:
+    """What to choose from, where channels are innermost in memory (`last`) or not."""
+    e = min(16, triton.next_power_of_2(groups)) if last else 1
+    vector = min(e, 16 // itemsize)
+    ragged = groups % e != 0
+    tiles: list[dict[str, Any]] = []
+    if kernel is _weight_grad:
+        for t in (2, 1) if last else (4, 2):
+            tiles.append({'T': t, 'N': 128 * vector // e, 'E': e, 'MASKED': ragged})
+        return tiles
+    share = min(sharing, _MOST_SHARING)
+    for t, r, registers in ((4, 2, None), (2, 4, 128), (2, 4, None)) if last else ((4, share, None), (2, share, None)):
+        lanes = triton.next_power_of_2(triton.cdiv(share, r))
+        tile = {'T': t, 'R': triton.cdiv(share, lanes), 'L': lanes, 'E': e, 'N': max(128 * vector // (lanes * e), 1)}
+        tile['MASKED'] = ragged or sharing % (lanes * tile['R']) != 0
+        if kernel is _value_grad:
+            tile['REST'] = (rest - 1) % t + 1
+        tiles.append(tile | {'maxnreg': registers})
+    return tiles
+
+
+@functools.cache
+def _tuned(*kind: Any) -> Any:
+    """The kernel with the fastest of its tiles, measured when it first meets a scale of maps."""
+    configs = [
+        triton.Config(
+            {name: size for name, size in tile.items() if name != 'maxnreg'},
+            num_warps=4,
+            maxnreg=tile.get('maxnreg'),
+        )
+        for tile in _tiles(*kind)
+    ]
+    return triton.autotune(configs, key=['scale', 'K', 'D', 'A_UNIT', 'W_UNIT'])(kind[0])
+
+
+def _steps(x: torch.Tensor, groups: int, last: bool) -> tuple[list[int], bool, int, int]:
+    """Strides of a map (batch, sharing, group, height, width) or a weight (batch, group, place, height, width).
+
+    Returns:
+        The strides in steps of V numbers; whether those of the groups are 1 instead; V, by which the kernel multiplies
+        them, so that Triton knows how they are aligned; and the span of an image in numbers.
+    """
+    axis = 1
+    if x.dim() == 4:
+        x = x.unflatten(1, (x.shape[1] // groups, groups))
+        axis = 2
+    strides = [stride if size > 1 else 0 for stride, size in zip(x.stride(), x.shape, strict=True)]
+    span = sum(stride * (size - 1) for stride, size in zip(strides[1:], x.shape[1:], strict=True))
+    unit = last and strides[axis] == 1
+    v = math.gcd(16 // x.element_size(), *strides[:axis], *strides[axis + 1:]) if unit else 1
+    return [stride // v for stride in strides], unit, v, span
+
+
+def _launch(kernel: Any, a: torch.Tensor, b: torch.Tensor, w: torch.Tensor, kernel_size: int, dilation: int) -> None:
+    batch, channels, height, width = b.shape
+    if b.numel() == 0:
+        return
+    groups = w.shape[1]
+    sharing = channels // groups
+    last = b.stride(1) == 1
+    a_steps, a_unit, a_v, a_span = _steps(a, groups, last)
+    b_steps, b_unit, b_v, b_span = _steps(b, groups, last)
+    w_steps, w_unit, w_v, w_span = _steps(w, groups, last)
+    arguments = [a, b, w, batch, height, width, groups, sharing, (height * width).bit_length()]
+    arguments += [*a_steps, *b_steps, *w_steps]
+    constants = dict(
+        A_UNIT=a_unit, A_V=a_v, B_UNIT=b_unit, B_V=b_v, W_UNIT=w_unit, W_V=w_v,
+        K=kernel_size, D=dilation,
+        ACC=tl.float64 if b.dtype == torch.float64 else tl.float32,
+        OFFSET=tl.int32 if max(a_span, b_span, w_span, batch * height * width) < 2 ** 30 else tl.int64,
+    )
+
+    def run(strips: Callable[[int], int], rest: int = 0, **more: Any) -> None:
+        """Over so many strips of T pixels in a row."""
+
+        def grid(meta: dict[str, Any]) -> tuple[int, int]:
+            if kernel is _value_grad:
+                blocks = height * triton.cdiv(batch * strips(meta['T']), meta['N'])
+            else:
+                blocks = triton.cdiv(batch * height * strips(meta['T']), meta['N'])
+            shares = 1 if kernel is _weight_grad else triton.cdiv(sharing, meta['R'] * meta['L'])
+            return blocks, triton.cdiv(groups, meta['E']) * shares
+
+        kind = kernel, last, groups, sharing, b.element_size(), rest
+        if isinstance(kernel, triton.JITFunction):
+            _tuned(*kind)[grid](*arguments, **more, **constants)
+        else:  # Triton's interpreter, which has no time to measure
+            kernel[grid](*arguments, **more, **constants, **_tiles(*kind)[0])
+
+    with torch.cuda.device_of(b):
+        if kernel is not _value_grad:
+            run(lambda t: triton.cdiv(width, t))
+            return
+        pad = kernel_size // 2 * dilation
+        left, right = pad // 4 * 4 + 4, (width - 1 - pad) // 4 * 4
+        if left >= right:
+            left = right = 0
+        else:
+            run(lambda t: (right - left) // t, left=left, right=right, EDGE=False)
+        run(lambda t: left // t + triton.cdiv(width - right, t), (width - 1) % 4 + 1, left=left, right=right, EDGE=True)
+
+
+def _weight_order(weight: torch.Tensor) -> list[int]:
+    """Axes of a weight from the outermost in memory to the innermost, for a gradient that can be written fast.
+
+    They are those of the weight itself, unless its places are innermost: one more step between the channels of a
+    pixel, and no store fills a sector. Whoever needs the gradient in that order copies it for less.
+    """
+    group, place, row = weight.stride()[1:4]
+    if group != 1 and place != 1:
+        return [0, 1, 2, 3, 4]
+    return [0, 2, 3, 4, 1] if place > row else [0, 3, 4, 2, 1]
+
+
+def _empty_weight(
+        value: torch.Tensor,
+        groups: int,
+        kernel_size: int,
+        dtype: torch.dtype,
+        order: Sequence[int],
+) -> torch.Tensor:
+    shape = value.shape[0], groups, kernel_size ** 2, value.shape[2], value.shape[3]
+    out = value.new_empty([shape[axis] for axis in order], dtype=dtype)
+    return out.permute([order.index(axis) for axis in range(5)])
+
+
+@torch.library.custom_op('timm_gsa::aggregation', mutates_args=())
+def _aggregation(value: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
+    out = torch.empty_like(value)
+    _launch(_forward, out, value, weight, kernel_size, dilation)
+    return out
+
+
+@torch.library.custom_op('timm_gsa::aggregation_value_grad', mutates_args=())
+def _aggregation_value_grad(grad: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
+    out = torch.empty_like(grad)
+    _launch(_value_grad, out, grad, weight, kernel_size, dilation)
+    return out
+
+
+@torch.library.custom_op('timm_gsa::aggregation_weight_grad', mutates_args=())
+def _aggregation_weight_grad(
+        grad: torch.Tensor,
+        value: torch.Tensor,
+        kernel_size: int,
+        dilation: int,
+        groups: int,
+        dtype: torch.dtype,
+        order: Sequence[int],
+) -> torch.Tensor:
+    out = _empty_weight(value, groups, kernel_size, dtype, order)
+    _launch(_weight_grad, grad, value, out, kernel_size, dilation)
+    return out
+
+
+@_aggregation.register_fake
+@_aggregation_value_grad.register_fake
+def _like_first(x: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+@_aggregation_weight_grad.register_fake
+def _like_weight(
+        grad: torch.Tensor,
+        value: torch.Tensor,
+        kernel_size: int,
+        dilation: int,
+        groups: int,
+        dtype: torch.dtype,
+        order: Sequence[int],
+) -> torch.Tensor:
+    return _empty_weight(value, groups, kernel_size, dtype, order)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    """Keeps of two tensors those that the gradient of the other takes."""
+    first, second, ctx.kernel_size, ctx.dilation = inputs[:4]
+    ctx.save_for_backward(
+        first if ctx.needs_input_grad[1] else None,
+        second if ctx.needs_input_grad[0] else None,
+    )
+    if len(inputs) == 4:
+        ctx.weight = second.shape[1], second.dtype, _weight_order(second)
+
+
+def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Of `aggregation`."""
+    value, weight = ctx.saved_tensors
+    window = ctx.kernel_size, ctx.dilation
+    return (
+        None if weight is None else _aggregation_value_grad(grad, weight, *window),
+        None if value is None else _aggregation_weight_grad(grad, value, *window, *ctx.weight),
+        None,
+        None,
+    )
+
+
+def _gradients_of_value_grad(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    first, weight = ctx.saved_tensors
+    window = ctx.kernel_size, ctx.dilation
+    return (
+        None if weight is None else _aggregation(grad, weight, *window),
+        None if first is None else _aggregation_weight_grad(first, grad, *window, *ctx.weight),
+        None,
+        None,
+    )
+
+
+def _gradients_of_weight_grad(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    first, value = ctx.saved_tensors
+    window = ctx.kernel_size, ctx.dilation
+    return (
+        None if value is None else _aggregation(value, grad, *window),
+        None if first is None else _aggregation_value_grad(first, grad, *window),
+        *[None] * 5,
+    )
+
+
+_aggregation.register_autograd(_gradients, setup_context=_keep)
+_aggregation_value_grad.register_autograd(_gradients_of_value_grad, setup_context=_keep)
+_aggregation_weight_grad.register_autograd(_gradients_of_weight_grad, setup_context=_keep)
+
+
+def _over_batch(operator: Any) -> Callable[..., tuple[torch.Tensor, int]]:
+    """Rule of torch.vmap: what is mapped over is one more axis of the batch."""
+
+    def rule(info: Any, axes: tuple[int | None, ...], first: Any, second: Any, *more: Any) -> tuple[torch.Tensor, int]:
+        tensors = [
+            (x.expand(info.batch_size, *x.shape) if axis is None else x.movedim(axis, 0)).flatten(0, 1)
+            for x, axis in zip((first, second), axes[:2], strict=True)
+        ]
+        return operator(*tensors, *more).unflatten(0, (info.batch_size, -1)), 0
+
+    return rule
+
+
+for _operator in (_aggregation, _aggregation_value_grad, _aggregation_weight_grad):
+    _operator.register_vmap(_over_batch(_operator))
+
+
+def fused_aggregation(value: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
+    """`timm_gsa.ops.aggregation` by the kernels, where plain reflection exists (padding < min(H, W)).
+
+    Values and weights may have different floating-point types: each is read as it is, sums are float32 (float64 for
+    float64 values), the output has the type of the value.
+    """
+    return _aggregation(value, weight, kernel_size, dilation)
