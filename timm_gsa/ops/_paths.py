@@ -57,8 +57,10 @@ def compiled_for_cpu(*tensors: torch.Tensor) -> bool:
     )
 
 
-# Came with torch 2.7; programs that an earlier torch exports hold the form for the compiler.
-is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
+@torch.compiler.assume_constant_result  # called as it is: within a graph, torch 2.11 answers True while it compiles
+def is_exporting() -> bool:
+    """Whether torch.export looks on, which torch before 2.7 cannot say: its programs hold the form for the compiler."""
+    return getattr(torch.compiler, 'is_exporting', bool)()
 
 
 def differentiable_gradients(

@@ -16,6 +16,7 @@ __all__ = ['aggregation', 'aggregation_reference']
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+
 def aggregation(value: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int = 1) -> torch.Tensor:
     """Sum of each position's K x K neighbours, weighted per position, place and weight group.
 
@@ -75,8 +76,8 @@ def aggregation_reference(
 def _triton_serves(value: torch.Tensor, weight: torch.Tensor, padding: int) -> bool:
     """Whether the Triton kernels compute it: on a GPU, eagerly and compiled, but not in what is exported or traced.
 
-    An exported program must load where this package, or Triton, is not: in onnxruntime, in C++, on a CPU. The compiler
-    of such a program (AOTInductor) makes one loop of the slices it holds instead.
+    An exported program must run where this package or Triton is not: in onnxruntime, in C++, on a CPU. It holds plain
+    slices, which its own compiler may fuse.
     """
     return (
         value.device.type == 'cuda'
@@ -92,17 +93,20 @@ def _triton_serves(value: torch.Tensor, weight: torch.Tensor, padding: int) -> b
 
 @torch.compiler.assume_constant_result
 def _runs_triton(device: torch.device) -> bool:
-    return _finds_triton(device)
+    # torch.func does not differentiate operators that are registered in Python.
+    return _finds_triton(device) and not torch._C._are_functorch_transforms_active()
 
 
 @functools.cache
 def _finds_triton(device: torch.device) -> bool:
-    if importlib.util.find_spec('triton') is None or torch.version.cuda is None:
-        return False
-    if not hasattr(torch.compiler, 'is_exporting'):
-        return False
-    # What Triton supports. Where there is no device to ask, tensors are fake: traced for a device elsewhere.
-    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
+    # What came with torch 2.8 is the first that compiles the kernels, and Triton asks for such a device. Where there is
+    # none to ask, tensors are fake: traced for a device elsewhere.
+    return (
+        torch.version.cuda is not None
+        and torch.__version__ >= '2.8'
+        and importlib.util.find_spec('triton') is not None
+        and (not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0))
+    )
 
 
 def _check(value: torch.Tensor, weight: torch.Tensor, kernel_size: int) -> None:

@@ -1,0 +1,721 @@
+"""The Triton kernels behind the aggregation: in Triton's interpreter on any machine, and on a GPU where there is one.
+
+Triton decides at its import whether it interprets, so what is in `TestKernels` runs in a process of its own, started by
+`test_in_the_interpreter`. The interpreter takes about a second for the smallest map; hence their sizes.
+"""
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+
+from timm_gsa.layers import PairwiseAttention, PatchwiseAttention
+from timm_gsa.ops import aggregation, aggregation_reference
+
+from .test_aggregation import with_gradients
+
+chooser = importlib.import_module("timm_gsa.ops.aggregation")  # the module, which the function hides
+
+
+def why_not() -> str | None:
+    """Why the kernels cannot run here, even interpreted."""
+    if importlib.util.find_spec("triton") is None:
+        return "needs Triton"
+    if torch.__version__ < "2.8":
+        return f"needs torch 2.8 and the Triton that came with it, got torch {torch.__version__}"
+    version = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
+    if version < (3, 7) and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        return "the interpreter of Triton before 3.7 needs NumPy before 2.4"
+    return None
+
+
+IMPORTED = "timm_gsa.ops._aggregation_triton" in sys.modules  # before any test ran
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+needs_triton = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="needs a CUDA device")
+FIRST = ("first", "first inside", "permuted", "expanded")
+WEIGHTS = {  # axes of (B, G, K * K, H, W) from the outermost in memory to the innermost
+    "gkp": (0, 1, 2, 3, 4),
+    "pgk": (0, 3, 4, 1, 2),
+    "kpg": (0, 2, 3, 4, 1),
+    "pkg": (0, 3, 4, 2, 1),
+}
+
+
+def laid(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same map in another layout; what lies around it in memory is NaN."""
+    if layout == "first":
+        return x.contiguous()
+    if layout == "last":
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == "permuted":
+        return x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+    if layout == "expanded":
+        return x[:, :1, :1, :1].expand_as(x)
+    batch, channels, height, width = x.shape
+    around = x.new_full((batch + 1, channels + 9, height + 1, width + 3), float("nan"))
+    if layout == "last inside":
+        around = around.to(memory_format=torch.channels_last)
+    inside = around[1:, 8:-1, :-1, 2:-1]
+    inside.copy_(x)
+    return inside
+
+
+def ordered(weight: torch.Tensor, order: str) -> torch.Tensor:
+    axes = WEIGHTS[order]
+    return weight.permute(axes).contiguous().permute([axes.index(axis) for axis in range(5)])
+
+
+def made_case(
+        batch: int,
+        sharing: int,
+        groups: int,
+        size: tuple[int, int],
+        kernel_size: int,
+        layout: str = "last",
+        order: str = "pkg",
+        dtype: torch.dtype = torch.float64,
+        weight_dtype: torch.dtype | None = None,
+        device: str = "cpu",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Value, weight and cotangent."""
+    generator = torch.Generator().manual_seed(0)
+    value, weight, cotangent = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
+        for shape in (
+            (batch, sharing * groups, *size),
+            (batch, groups, kernel_size ** 2, *size),
+            (batch, sharing * groups, *size),
+        )
+    )
+    weight = ordered(weight.to(weight_dtype or dtype), order)
+    return laid(value.to(dtype), layout), weight, laid(cotangent.to(dtype), layout)
+
+
+def assert_agrees(
+        got: tuple[torch.Tensor, ...],
+        case: tuple[torch.Tensor, ...],
+        kernel_size: int,
+        dilation: int = 1,
+        slack: float = 1.01,
+) -> None:
+    """Within one rounding to the type of each result, and of the sums in float32 or float64, of the reference."""
+    exact = with_gradients(aggregation_reference, *(x.double().contiguous() for x in case), kernel_size, dilation)
+    terms = with_gradients(aggregation_reference, *(x.double().abs().contiguous() for x in case), kernel_size, dilation)
+    single = torch.finfo(torch.float64 if case[0].dtype == torch.float64 else torch.float32).eps
+    for name, a, b, size in zip(("output", "gradient of value", "gradient of weight"), got, exact, terms, strict=True):
+        limit = slack * torch.finfo(a.dtype).eps / 2 * b.abs() + 50 * single * size + torch.finfo(a.dtype).tiny
+        wrong = ~((a.double() - b).abs() <= limit)  # true of NaN
+        assert not wrong.any(), f"{name}: {int(wrong.sum())} of {wrong.numel()} differ"
+
+
+class Module(nn.Module):
+    def forward(self, value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return aggregation(value, weight, 3)
+
+
+# Where the kernels are taken
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Calls of the kernels, which do not happen, on a machine that has Triton for its CUDA device."""
+    module = importlib.import_module("timm_gsa.ops._aggregation_triton")
+    calls = []
+
+    def record(*args: Any) -> torch.Tensor:
+        calls.append(args)
+        return torch.empty_like(args[0])
+
+    monkeypatch.setattr(module, "fused_aggregation", record)
+    monkeypatch.setattr(chooser, "_runs_triton", lambda device: True)
+    return calls
+
+
+def on_cuda(
+        height: int,
+        width: int,
+        dtype: torch.dtype = torch.float32,
+        weight_dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return (
+        torch.empty(2, 6, height, width, device="cuda", dtype=dtype),
+        torch.empty(2, 3, 9, height, width, device="cuda", dtype=weight_dtype),
+    )
+
+
+@needs_triton
+@pytest.mark.parametrize(("arguments", "taken"), [
+    ((2, 2), True),
+    ((9, 8, torch.bfloat16), True),
+    ((9, 8, torch.float64, torch.float16), True),
+    ((1, 8), False),
+    ((8, 1), False),
+    ((4, 4, torch.complex64, torch.complex64), False),
+])
+def test_kernels_serve_a_gpu_where_plain_reflection_exists(fused: list, arguments: tuple, taken: bool) -> None:
+    with torch._subclasses.FakeTensorMode():
+        out = aggregation(*on_cuda(*arguments), 3)
+    assert out.shape == (2, 6, *arguments[:2])
+    assert len(fused) == taken
+
+
+@needs_triton
+def test_kernels_do_not_serve_a_cpu(fused: list) -> None:
+    value, weight, _ = made_case(1, 2, 3, (4, 5), 3)
+    torch.testing.assert_close(aggregation(value, weight, 3), aggregation_reference(value, weight, 3))
+    assert not fused
+
+
+@pytest.mark.parametrize("missing", ["Triton", "CUDA", "torch 2.8"])
+def test_without_triton_a_gpu_takes_the_way_of_the_cpu(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.9"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    finds_triton = chooser._finds_triton.__wrapped__
+    assert finds_triton(torch.device("cuda"))
+    if missing == "Triton":
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    elif missing == "CUDA":
+        monkeypatch.setattr(torch.version, "cuda", None)
+    else:
+        monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.7.1"))
+    assert not finds_triton(torch.device("cuda"))
+    monkeypatch.setattr(chooser, "_runs_triton", finds_triton)
+    with torch._subclasses.FakeTensorMode():
+        assert aggregation(*on_cuda(4, 5), 3).shape == (2, 6, 4, 5)
+
+
+@pytest.mark.parametrize(("capability", "served"), [((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 0), True)])
+def test_triton_asks_for_a_capability(
+        capability: tuple[int, int],
+        served: bool,
+        monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.9"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert chooser._finds_triton.__wrapped__(torch.device("cuda:0")) is served
+
+
+@needs_triton
+def test_compiler_sees_one_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chooser, "_finds_triton", lambda device: True)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch._subclasses.FakeTensorMode():
+        out = torch.compile(aggregation, backend=backend, fullgraph=True)(*on_cuda(4, 5, torch.bfloat16), 3)
+    assert (out.dtype, out.device.type) == (torch.bfloat16, "cuda")
+    called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert called == ["timm_gsa.aggregation.default"]
+
+
+@needs_triton
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_programs_hold_no_operator_of_ours(strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chooser, "_finds_triton", lambda device: True)
+    with torch._subclasses.FakeTensorMode():
+        program = torch.export.export(Module(), on_cuda(4, 5), strict=strict)
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert "aten.addcmul_.default" in targets or "aten.addcmul.default" in targets
+    assert not any("timm_gsa" in target for target in targets)
+
+
+def test_export_is_known_from_compilation() -> None:
+    class Asks(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + (1 if chooser._is_exporting() else 2)
+
+    torch._dynamo.reset()
+    x = torch.zeros(1)
+    assert torch.compile(Asks(), backend="eager", fullgraph=True)(x).item() == 2
+    if hasattr(torch.compiler, "is_exporting"):
+        assert torch.export.export(Asks(), (x,)).module()(x).item() == 1
+
+
+def test_function_transforms_take_the_way_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chooser, "_finds_triton", lambda device: True)
+    answers = []
+
+    def ask(x: torch.Tensor) -> torch.Tensor:
+        answers.append(chooser._runs_triton(torch.device("cuda")))
+        return x
+
+    ask(torch.ones(()))
+    torch.func.grad(ask)(torch.ones(()))
+    torch.func.vmap(ask)(torch.ones(2))
+    assert answers == [True, False, False]
+
+
+def test_import_leaves_the_kernels_alone() -> None:
+    assert not IMPORTED
+
+
+# What they are compiled to
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize(("layout", "order", "dtype", "access"), [
+    ("last", "pkg", torch.bfloat16, "v4.b32"),
+    ("last", "kpg", torch.float32, "v4.b32"),
+    ("last", "gkp", torch.float16, None),
+    ("first", "gkp", torch.bfloat16, "b16"),
+])
+def test_compiled_for_a_gpu_each_reads_16_bytes_at_once_where_channels_are_innermost(
+        layout: str,
+        order: str,
+        dtype: torch.dtype,
+        access: str | None,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+) -> None:
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernels = importlib.import_module("timm_gsa.ops._aggregation_triton")
+    types = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", int: "i32"}
+    compiled = []
+
+    class Compiled:
+        """In place of the tuned kernel, which it compiles for an H100 or H200 and does not launch."""
+
+        def __init__(self, *kind: Any) -> None:
+            self.kernel = kind[0]
+            self.tile = {name: size for name, size in kernels._tiles(*kind)[0].items() if name != "maxnreg"}
+
+        def __getitem__(self, grid: Callable[..., tuple[int, int]]) -> Callable[..., None]:
+            def launch(*args: Any, enable_fp_fusion: bool, **constants: Any) -> None:
+                assert all(count > 0 for count in grid(self.tile))
+                given = dict(zip(self.kernel.arg_names, args, strict=False)) | constants | self.tile
+                fixed = {name: x for name, x in given.items() if name not in kernels._NUMBERS and name not in (
+                    "a", "b", "w", "left", "right")}
+                signature = {
+                    name: "constexpr" if name in fixed else types[getattr(x, "dtype", int)] for name, x in given.items()
+                }
+                aligned = {(self.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in ("a", "b", "w")}
+                source = ASTSource(self.kernel, {n: signature[n] for n in self.kernel.arg_names}, fixed, aligned)
+                compiled.append(compile(source, GPUTarget("cuda", 90, 32), {"enable_fp_fusion": enable_fp_fusion}))
+
+            return launch
+
+    monkeypatch.setattr(kernels, "_tuned", Compiled)
+    with_gradients(kernels.fused_aggregation, *made_case(2, 4, 8, (5, 12), 3, layout, order, dtype), 3, 1)
+    assert len(compiled) == 4  # the gradient of the value is two launches
+    for program in compiled:
+        accesses = set(re.findall(r"(?:ld|st)\.global\.(\S+)", program.asm["ptx"]))
+        assert accesses
+        if access is not None:
+            assert accesses == {access}
+            assert program.metadata.shared == 0  # no detour between layouts
+
+
+# What they compute
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="would start itself")
+def test_in_the_interpreter() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::TestKernels"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+class TestKernels:
+    """On CPU tensors, in Triton's interpreter."""
+
+    __test__ = INTERPRETED
+
+    @pytest.fixture(autouse=True)
+    def poisoned(self) -> Iterator[None]:
+        """Memory that nothing was written to holds NaN."""
+        torch.use_deterministic_algorithms(True)
+        yield
+        torch.use_deterministic_algorithms(False)
+
+    @pytest.fixture
+    def kernels(self) -> Any:
+        return importlib.import_module("timm_gsa.ops._aggregation_triton")
+
+    @pytest.fixture
+    def fused(self, kernels: Any) -> Callable[..., torch.Tensor]:
+        return kernels.fused_aggregation
+
+    @pytest.fixture
+    def everywhere(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """`aggregation` takes the kernels on a CPU too."""
+        monkeypatch.setattr(chooser, "_triton_serves", lambda value, weight, padding: True)
+
+    @pytest.mark.parametrize(("batch", "sharing", "groups", "size", "kernel_size", "dilation", "layout", "order"), [
+        (1, 1, 1, (1, 6), 1, 1, "first", "gkp"),
+        (2, 2, 1, (2, 11), 3, 1, "first", "gkp"),
+        (1, 3, 2, (4, 2), 3, 1, "first inside", "gkp"),
+        (2, 1, 2, (3, 3), 3, 1, "permuted", "pkg"),
+        (1, 1, 1, (4, 5), 7, 1, "first", "pgk"),
+        (1, 2, 1, (3, 10), 3, 2, "expanded", "gkp"),
+        (2, 8, 2, (3, 12), 3, 1, "last", "pkg"),
+        (1, 9, 3, (3, 5), 5, 1, "last", "kpg"),
+        (1, 5, 5, (7, 4), 3, 1, "last inside", "pgk"),
+        (1, 2, 17, (2, 10), 3, 1, "last", "gkp"),
+        (2, 4, 8, (5, 13), 3, 2, "last inside", "pkg"),
+        (1, 1, 3, (4, 13), 7, 1, "last", "pkg"),
+        (1, 18, 2, (2, 3), 3, 1, "last", "pkg"),
+    ])
+    def test_agrees_with_the_reference(
+            self,
+            fused: Callable[..., torch.Tensor],
+            batch: int,
+            sharing: int,
+            groups: int,
+            size: tuple[int, int],
+            kernel_size: int,
+            dilation: int,
+            layout: str,
+            order: str,
+    ) -> None:
+        case = made_case(batch, sharing, groups, size, kernel_size, layout, order)
+        assert_agrees(with_gradients(fused, *case, kernel_size, dilation), case, kernel_size, dilation)
+
+    @pytest.mark.parametrize(("sharing", "groups", "layout"), [(2, 1, "first"), (4, 2, "last")])
+    def test_every_tile_gives_the_same_numbers(
+            self,
+            kernels: Any,
+            sharing: int,
+            groups: int,
+            layout: str,
+            monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        case = made_case(1, sharing, groups, (2, 11), 3, layout, dtype=torch.float32)
+        tiles = kernels._tiles
+        results = []
+        for choice in range(3):
+            monkeypatch.setattr(kernels, "_tiles", lambda *kind, n=choice: [tiles(*kind)[n % len(tiles(*kind))]])
+            results.append(with_gradients(kernels.fused_aggregation, *case, 3, 1))
+        assert_agrees(results[0], case, 3)
+        for result in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
+
+    @pytest.mark.parametrize(("dtype", "weight_dtype"), [
+        (torch.float32, torch.float32),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float16),
+        (torch.float64, torch.bfloat16),
+    ], ids=str)
+    def test_dtypes(self, fused: Callable[..., torch.Tensor], dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+        case = made_case(1, 2, 3, (2, 5), 3, dtype=dtype, weight_dtype=weight_dtype)
+        got = with_gradients(fused, *case, 3, 1)
+        assert tuple(x.dtype for x in got) == (dtype, dtype, weight_dtype)
+        # The interpreter cuts what it stores in bfloat16 off, where a GPU rounds.
+        assert_agrees(got, case, 3, slack=2.02)
+
+    def test_autocast_leaves_types_alone(self, everywhere: None) -> None:
+        case = made_case(1, 1, 2, (2, 3), 3, dtype=torch.bfloat16, weight_dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = aggregation(*case[:2], 3)
+        assert out.dtype == torch.bfloat16
+        assert torch.equal(out, aggregation(*case[:2], 3))
+
+    @pytest.mark.parametrize("layout", ["first", "last"])
+    def test_offsets_beyond_32_bits(self, fused: Callable[..., torch.Tensor], layout: str) -> None:
+        value, weight, cotangent = made_case(1, 2, 2, (2, 3), 3, layout, dtype=torch.float32)
+        step = 2 ** 30  # pages of memory that nobody touches cost nothing
+        far = torch.empty(0, dtype=torch.float32).set_(
+            torch.UntypedStorage(4 * (step * 2 + 64)), 0, (1, 4, 2, 3),
+            (64, 6, step, 1) if layout == "first" else (64, 1, step, 4),
+        )
+        far.copy_(value)
+        assert_agrees(with_gradients(fused, far, weight, cotangent, 3, 1), (value, weight, cotangent), 3)
+
+    def test_empty_batch(self, fused: Callable[..., torch.Tensor]) -> None:
+        out, grad_value, grad_weight = with_gradients(fused, *made_case(0, 2, 3, (4, 5), 3), 3, 1)
+        assert out.shape == grad_value.shape == (0, 6, 4, 5)
+        assert grad_weight.shape == (0, 3, 9, 4, 5)
+
+    # Derivatives and transformations
+
+    @pytest.mark.parametrize("wanted", ["value", "weight"])
+    def test_only_what_is_wanted_is_computed_and_kept(
+            self,
+            kernels: Any,
+            wanted: str,
+            monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        value, weight, cotangent = made_case(1, 1, 2, (2, 3), 3)
+        launched, kept = [], []
+        launch = kernels._launch
+        monkeypatch.setattr(kernels, "_launch", lambda kernel, *args: launched.append(kernel) or launch(kernel, *args))
+        leaf, other = (value, weight) if wanted == "value" else (weight, value)
+        leaf.requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            out = kernels.fused_aggregation(value, weight, 3, 1)
+        (grad,) = torch.autograd.grad(out, leaf, cotangent)
+        assert [x.data_ptr() for x in kept] == [other.data_ptr()]
+        assert launched == [kernels._forward, kernels._value_grad if wanted == "value" else kernels._weight_grad]
+        (want,) = torch.autograd.grad(aggregation_reference(value, weight, 3), leaf, cotangent)
+        torch.testing.assert_close(grad, want)
+
+    def test_gradcheck(self, fused: Callable[..., torch.Tensor]) -> None:
+        value, weight, _ = made_case(1, 2, 1, (2, 3), 3)
+        inputs = value.requires_grad_(), weight.requires_grad_()
+        assert torch.autograd.gradcheck(lambda v, w: fused(v, w, 3, 1), inputs, fast_mode=True)
+
+    def test_second_derivatives(self, fused: Callable[..., torch.Tensor]) -> None:
+        value, weight, cotangent = made_case(1, 2, 1, (2, 3), 3)
+        inputs = [x.requires_grad_() for x in (value, weight, cotangent)]
+
+        def second(operation: Callable[..., torch.Tensor], *args: int) -> tuple[torch.Tensor, ...]:
+            grads = torch.autograd.grad(operation(value, weight, *args), (value, weight), cotangent, create_graph=True)
+            return torch.autograd.grad(sum((grad ** 2).sum() for grad in grads), inputs)
+
+        for got, want in zip(second(fused, 3, 1), second(aggregation_reference, 3), strict=True):
+            torch.testing.assert_close(got, want)
+
+    def test_torch_accepts_the_operators(self, kernels: Any) -> None:
+        value, weight, cotangent = made_case(1, 1, 2, (2, 3), 3)
+        torch.library.opcheck(kernels._aggregation, (value.requires_grad_(), weight.requires_grad_(), 3, 1))
+        few = ("test_schema", "test_autograd_registration", "test_faketensor")
+        value, weight = value.detach(), weight.detach()
+        torch.library.opcheck(kernels._aggregation_value_grad, (cotangent, weight, 3, 1), test_utils=few)
+        for order in WEIGHTS.values():
+            arguments = (cotangent, value, 3, 1, 2, torch.float32, list(order))
+            torch.library.opcheck(kernels._aggregation_weight_grad, arguments, test_utils=few)
+
+    @pytest.mark.parametrize(("order", "expected"), [("gkp", "gkp"), ("kpg", "kpg"), ("pkg", "pkg"), ("pgk", "pkg")])
+    def test_gradient_of_the_weight_is_laid_out_for_whole_stores(
+            self,
+            kernels: Any,
+            order: str,
+            expected: str,
+    ) -> None:
+        _, weight, _ = made_case(2, 1, 3, (4, 5), 3, order=order)
+        assert kernels._weight_order(weight) == list(WEIGHTS[expected])
+
+    def test_fake_tensors_have_the_strides_of_real_ones(self, fused: Callable[..., torch.Tensor]) -> None:
+        case = made_case(2, 1, 2, (2, 3), 3, "last inside")
+        real = fused(*case[:2], 3, 1)
+        mode = torch._subclasses.FakeTensorMode()
+        fake = fused(*(mode.from_tensor(x) for x in case[:2]), 3, 1)
+        assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
+        meta = fused(*(x.to("meta") for x in case[:2]), 3, 1)
+        assert meta.shape == real.shape
+
+    @pytest.mark.parametrize("dynamic", [None, True])
+    def test_compiled(self, everywhere: None, dynamic: bool | None) -> None:
+        torch._dynamo.reset()
+        call = torch.compile(aggregation, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+        for size in ((3, 4), (4, 3)) if dynamic else ((3, 4),):
+            case = made_case(2, 1, 2, size, 3)
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                assert_agrees(with_gradients(call, *case, 3), case, 3)
+
+
+# On a GPU
+
+
+@pytest.fixture
+def tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Has the kernels take their n-th tile, the first if nothing else is said: to compile and measure all takes long."""
+    kernels = importlib.import_module("timm_gsa.ops._aggregation_triton")
+    every = kernels._tiles
+
+    def choose(n: int) -> None:
+        kernels._tuned.cache_clear()
+        monkeypatch.setattr(kernels, "_tiles", lambda *kind: [every(*kind)[n % len(every(*kind))]])
+
+    choose(0)
+    yield choose
+    kernels._tuned.cache_clear()
+
+
+@pytest.fixture
+def float32_throughout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@needs_triton
+@pytest.mark.parametrize(
+    ("batch", "sharing", "groups", "size", "kernel_size", "dilation", "layout", "order", "dtype"),
+    [
+        (2, 8, 2, (112, 112), 3, 1, "last", "pkg", torch.bfloat16),
+        (2, 8, 8, (56, 56), 7, 1, "last", "pkg", torch.bfloat16),
+        (3, 8, 16, (28, 28), 7, 1, "last inside", "kpg", torch.bfloat16),
+        (5, 8, 32, (14, 14), 7, 1, "last", "pkg", torch.bfloat16),
+        (3, 8, 64, (7, 7), 7, 1, "last", "pkg", torch.bfloat16),
+        (2, 8, 8, (56, 56), 7, 1, "first", "gkp", torch.bfloat16),
+        (2, 8, 4, (20, 23), 3, 1, "last", "pgk", torch.float16),
+        (2, 8, 4, (20, 22), 3, 1, "last", "gkp", torch.float32),
+        (2, 8, 4, (20, 21), 3, 1, "first inside", "pkg", torch.float64),
+        (1, 9, 3, (4, 29), 7, 1, "last", "pkg", torch.float32),
+        (2, 1, 5, (31, 3), 5, 1, "permuted", "gkp", torch.float16),
+        (2, 20, 1, (9, 17), 3, 3, "last", "gkp", torch.float64),
+        (2, 2, 17, (9, 17), 3, 2, "last inside", "pkg", torch.float32),
+    ],
+)
+def test_on_a_gpu(
+        batch: int,
+        sharing: int,
+        groups: int,
+        size: tuple[int, int],
+        kernel_size: int,
+        dilation: int,
+        layout: str,
+        order: str,
+        dtype: torch.dtype,
+        tiles: Callable[[int], None],
+) -> None:
+    case = made_case(batch, sharing, groups, size, kernel_size, layout, order, dtype, device="cuda")
+    got = with_gradients(aggregation, *case, kernel_size, dilation)
+    assert_agrees(got, case, kernel_size, dilation)
+    again = with_gradients(aggregation, *case, kernel_size, dilation)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+@pytest.mark.gpu
+@needs_cuda
+@needs_triton
+@pytest.mark.parametrize("layout", ["first", "last"])
+def test_every_tile_gives_the_same_numbers_on_a_gpu(layout: str, tiles: Callable[[int], None]) -> None:
+    case = made_case(2, 8, 16, (21, 35), 5, layout, dtype=torch.float32, device="cuda")
+    results = []
+    for n in range(3):
+        tiles(n)
+        results.append(with_gradients(aggregation, *case, 5))
+    assert_agrees(results[0], case, 5)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
+
+
+@pytest.mark.gpu
+@needs_cuda
+@needs_triton
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("attention", [PairwiseAttention, PatchwiseAttention])
+def test_attention_under_autocast_on_a_gpu(
+        attention: type[nn.Module],
+        channels_last: bool,
+        compiled: bool,
+        float32_throughout: None,
+        monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    layer = attention(64, kernel_size=3).cuda().to(memory_format=memory_format)
+    x = torch.randn(4, 64, 28, 28, device="cuda").to(memory_format=memory_format)
+    kernels = importlib.import_module("timm_gsa.ops._aggregation_triton")
+    launch = kernels._launch
+    launched = []
+
+    def record(kernel: Any, *args: Any) -> None:
+        launched.append(kernel)
+        launch(kernel, *args)
+
+    monkeypatch.setattr(kernels, "_launch", record)
+
+    def step(call: Callable[..., torch.Tensor], autocast: bool) -> list[torch.Tensor | None]:
+        leaves = [x.detach().requires_grad_(), *layer.parameters()]
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            out = call(leaves[0])
+        return [out, *torch.autograd.grad((out.float() ** 2).sum(), leaves, allow_unused=True)]
+
+    torch._dynamo.reset()
+    got = step(torch.compile(layer, fullgraph=True) if compiled else layer, autocast=True)
+    assert set(launched) == {kernels._forward, kernels._value_grad, kernels._weight_grad}
+    monkeypatch.setattr(chooser, "_triton_serves", lambda value, weight, padding: False)
+    want = step(layer, autocast=False)
+    for a, b in zip(got, want, strict=True):
+        if b is not None and b.norm() > 1e-3 * want[1].norm():  # some biases have no influence
+            assert (a.float() - b).norm() <= 0.05 * b.norm()
+
+
+@pytest.mark.gpu
+@needs_cuda
+@needs_triton
+def test_compiled_for_sizes_that_vary_on_a_gpu(tiles: Callable[[int], None]) -> None:
+    torch._dynamo.reset()
+    call = torch.compile(aggregation, fullgraph=True, dynamic=True)
+    for size in ((20, 31), (17, 24), (56, 42)):
+        case = made_case(2, 8, 4, size, 3, dtype=torch.bfloat16, device="cuda")
+        with torch._dynamo.config.patch(error_on_recompile=size != (20, 31)):
+            assert_agrees(with_gradients(call, *case, 3), case, 3)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@needs_triton
+def test_captured_in_a_graph_of_the_device(tiles: Callable[[int], None]) -> None:
+    value, weight, _ = made_case(2, 8, 4, (14, 14), 3, dtype=torch.bfloat16, device="cuda")
+    want = aggregation(value, weight, 3)  # compiled before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = aggregation(value, weight, 3)
+    out.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(out, want)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@needs_triton
+def test_memory_on_a_gpu_is_that_of_the_results(tiles: Callable[[int], None]) -> None:
+    case = made_case(8, 8, 8, (56, 56), 3, dtype=torch.bfloat16, device="cuda")
+    with_gradients(aggregation, *case, 3)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    results = with_gradients(aggregation, *case, 3)
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak <= 1.1 * sum(x.numel() * x.element_size() for x in results)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@needs_triton
+def test_weights_beyond_32_bits_on_a_gpu(tiles: Callable[[int], None]) -> None:
+    side = 6700  # 49 * side ** 2 > 2 ** 31
+    generator = torch.Generator("cuda").manual_seed(0)
+    value, weight = (
+        torch.randn(1, 1, *places, side, side, device="cuda", dtype=torch.bfloat16, generator=generator)
+        for places in ((), (49,))
+    )
+    out = aggregation(value, weight, 7)[..., -5:, -8:]
+    corner = value[..., -13:, -16:].double(), weight[..., -13:, -16:].double()
+    want = aggregation_reference(*corner, 7)[..., -5:, -8:]
+    torch.testing.assert_close(out.double(), want, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2 or INTERPRETED, reason="needs two CUDA devices")
+@needs_triton
+def test_on_a_device_that_is_not_the_current_one(tiles: Callable[[int], None]) -> None:
+    case = made_case(2, 8, 4, (14, 14), 3, dtype=torch.bfloat16, device="cuda:1")
+    assert_agrees(with_gradients(aggregation, *case, 3), case, 3)
