@@ -20,17 +20,17 @@ move 1.56 GB instead of 1.66, and neither could be left out.
 Tiles. A weight brings 8 multiply-adds, so an H200 that reads 4.3 TB/s has time for 2.2 instructions to each, loads,
 conversions and addresses included. Therefore a thread keeps T neighbouring pixels of a row, which share the values they
 load, and R channels, which share the weights. Where channels are innermost in memory a thread takes 16 bytes of them at
-once, E groups side by side and L lanes of channels that share weights, so that whole sectors are read; elsewhere the
-lanes go along the row. Compiled for sm_90 (bfloat16, channels innermost, K = 7) the loops hold 2.2 to 2.4 instructions
-per multiply-add, 3.0 in the strips at a border whose gradient is mirrored. The order of each sum does not depend on the
-tile.
+once, E groups side by side and L lanes of channels that share weights; elsewhere the lanes go along the row. Compiled
+for sm_90 (bfloat16, channels innermost, K = 7) the loops hold 2.2 to 2.4 instructions per multiply-add in the forward
+pass, 2.1 in the gradient of the weight and 2.9 to 3.0 in that of the value, which looks for mirrored pixels everywhere.
+The order of each sum does not depend on the tile.
 
 Weights should come with the groups innermost, or the pixels, but not the places: 16 bytes at a time need neighbours
 that are summed alike.
 """
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -55,20 +55,26 @@ def _reflected(index, size):
 
 
 @triton.jit
-def _load(planes, at, inside, known, BORDER: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr):
-    """Numbers at an offset in each plane; 0 where not `inside` (asked if BORDER) and in planes not `known` (MASKED)."""
-    numbers = ()
-    for i in tl.static_range(len(planes)):
-        if MASKED:
-            x = tl.load(planes[i] + at, mask=known[i] & inside if BORDER else known[i], other=0.)
-        elif BORDER:
-            x = tl.load(planes[i] + at, mask=inside, other=0.)
-        else:
-            x = tl.load(planes[i] + at)
-        if x.dtype == tl.bfloat16:  # one instruction a number, where the conversion takes two for every other one
-            x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-        numbers = numbers + (x.to(ACC),)
-    return numbers
+def _strips(batch, height, width, T: tl.constexpr, N: tl.constexpr, OFFSET: tl.constexpr):
+    """The N strips of T pixels that a block serves: their row, and (N, 1, 1) image, first column and which exist."""
+    y = tl.program_id(0).to(OFFSET) % height
+    strip = tl.program_id(0).to(OFFSET) // height * N + tl.arange(0, N)[:, None, None]
+    across = tl.cdiv(width, T)
+    there = strip < batch.to(OFFSET) * across
+    strip = tl.minimum(strip, batch.to(OFFSET) * across - 1)
+    return y, (strip // across).to(tl.int64), strip % across * T, there
+
+
+@triton.jit
+def _channels(groups, R: tl.constexpr, L: tl.constexpr, E: tl.constexpr):
+    """Groups (1, L, E) that a block serves, and the R channels of each thread among those that share their weights."""
+    blocks = groups // E
+    g = tl.broadcast_to((tl.program_id(1) % blocks * E + tl.arange(0, E))[None, None, :], [1, L, E])
+    first = tl.program_id(1) // blocks * (R * L) + tl.arange(0, L)[None, :, None]
+    channels = ()
+    for r in tl.static_range(R):
+        channels = channels + (first + r * L,)
+    return g, channels
 
 
 @triton.jit
@@ -85,36 +91,23 @@ def _planes(
 
 
 @triton.jit
-def _channels(sharing, R: tl.constexpr, N: tl.constexpr, L: tl.constexpr, E: tl.constexpr, groups):
-    """Groups (1, L, E) of a block, the R channels sharing their weights that each thread serves, and which exist."""
-    blocks = tl.cdiv(groups, E)
-    g = tl.broadcast_to((tl.program_id(1) % blocks * E + tl.arange(0, E))[None, None, :], [1, L, E])
-    first = tl.program_id(1) // blocks * (R * L) + tl.arange(0, L)[None, :, None]
-    channels = ()
-    known = ()
-    for r in tl.static_range(R):
-        if L * E > 1:  # in another order for the next strip, as its lanes would ask the same banks of the cache
-            s = first + (tl.arange(0, N)[:, None, None] + r) % R * L
-        else:
-            s = first + r
-        channels = channels + (s,)
-        known = known + ((g < groups) & (s < sharing),)
-    return g, channels, known
+def _load(pointer, ACC: tl.constexpr, mask=None, other: tl.constexpr = None):
+    x = tl.load(pointer, mask=mask, other=other)
+    if x.dtype == tl.bfloat16:  # one instruction a number, where the conversion takes two for every other one
+        x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(ACC)
 
 
 @triton.jit
 def _store(
-        a, sums, image, y, x, there, width, s, g, known, a_b, a_s, a_g, a_h, a_w,
-        UNIT: tl.constexpr, V: tl.constexpr, OFFSET: tl.constexpr, MASKED: tl.constexpr,
-        T: tl.constexpr, R: tl.constexpr,
+        a, sums, image, y, x, there, width, s, g, sharing, a_b, a_s, a_g, a_h, a_w,
+        UNIT: tl.constexpr, V: tl.constexpr, OFFSET: tl.constexpr, T: tl.constexpr, R: tl.constexpr,
 ):
     for r in tl.static_range(R):
         plane = _planes(a, image, s[r], g, a_b, a_s, a_g, UNIT, V, OFFSET)
         for t in tl.static_range(T):
             at = (y * a_h + (x + t) * a_w) * V
-            keep = there & (x + t < width)
-            if MASKED:
-                keep = keep & known[r]
+            keep = there & (x + t < width) & (s[r] < sharing)
             tl.store(plane + at, sums[t][r].to(a.dtype.element_ty), mask=keep)
 
 
@@ -124,24 +117,18 @@ def _forward(
         a_b, a_s, a_g, a_h, a_w, b_b, b_s, b_g, b_h, b_w, w_b, w_g, w_k, w_h, w_w,
         A_UNIT: tl.constexpr, A_V: tl.constexpr, B_UNIT: tl.constexpr, B_V: tl.constexpr,
         W_UNIT: tl.constexpr, W_V: tl.constexpr,
-        K: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, OFFSET: tl.constexpr, MASKED: tl.constexpr,
-        T: tl.constexpr, R: tl.constexpr, N: tl.constexpr, L: tl.constexpr, E: tl.constexpr,
+        K: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, OFFSET: tl.constexpr,
+        T: tl.constexpr, N: tl.constexpr, E: tl.constexpr, R: tl.constexpr, L: tl.constexpr,
 ):
     """a: output. b: value. w: weight."""
     PAD: tl.constexpr = K // 2 * D
-    across = tl.cdiv(width, T)
-    total = batch.to(OFFSET) * height * across
-    strip = tl.program_id(0).to(OFFSET) * N + tl.arange(0, N)[:, None, None]
-    there = strip < total
-    strip = tl.minimum(strip, total - 1)
-    image = (strip // (height * across)).to(tl.int64)
-    y = strip // across % height
-    x = strip % across * T
-    g, s, known = _channels(sharing, R, N, L, E, groups)
+    y, image, x, there = _strips(batch, height, width, T, N, OFFSET)
+    g, s = _channels(groups, R, L, E)
 
     values = ()
     for r in tl.static_range(R):
-        values = values + (_planes(b, image, s[r], g, b_b, b_s, b_g, B_UNIT, B_V, OFFSET),)
+        known = tl.minimum(s[r], sharing - 1)
+        values = values + (_planes(b, image, known, g, b_b, b_s, b_g, B_UNIT, B_V, OFFSET),)
     weights = _planes(w, image, g * 0, g, w_b, 0, w_g, W_UNIT, W_V, OFFSET) + y * w_h * W_V
     place = w_k.to(OFFSET) * W_V
 
@@ -156,12 +143,13 @@ def _forward(
     for ky in range(K):
         row = _reflected(y + (ky * D - PAD), height) * b_h * B_V
         for j in tl.static_range(T + 2 * PAD):
-            v = _load(values, row + columns[j], there, known, False, MASKED, ACC)
+            v = ()
+            for r in tl.static_range(R):
+                v = v + (_load(values[r] + (row + columns[j]), ACC),)
             new = ()
             for t in tl.static_range(T):
                 if j >= t and j <= t + 2 * PAD and (j - t) % D == 0:
-                    at = w_columns[t] + (ky * K + (j - t) // D) * place
-                    factor = _load((weights,), at, there, (g < groups,), False, MASKED, ACC)[0]
+                    factor = _load(weights + (w_columns[t] + (ky * K + (j - t) // D) * place), ACC)
                     sums_t = ()
                     for r in tl.static_range(R):
                         sums_t = sums_t + (tl.fma(factor, v[r], sums[t][r]),)
@@ -169,63 +157,56 @@ def _forward(
                 else:
                     new = new + (sums[t],)
             sums = new
-    _store(
-        a, sums, image, y, x, there, width, s, g, known, a_b, a_s, a_g, a_h, a_w,
-        A_UNIT, A_V, OFFSET, MASKED, T, R,
-    )
+    _store(a, sums, image, y, x, there, width, s, g, sharing, a_b, a_s, a_g, a_h, a_w, A_UNIT, A_V, OFFSET, T, R)
 
 
-@triton.jit(do_not_specialize=[*_NUMBERS, 'left', 'right'])
+@triton.jit
+def _with_mirrored(
+        factor, weights, first, step, x, width,
+        t: tl.constexpr, j: tl.constexpr, REST: tl.constexpr,
+        T: tl.constexpr, K: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr,
+):
+    """Adds the weights by which pixel x + j - PAD saw pixel x + t mirrored at the left and at the right."""
+    C: tl.constexpr = K // 2
+    PAD: tl.constexpr = C * D
+    # Where x = n they are q = n + t and p = n + j - PAD pixels from the left border, and the place is -(q + p).
+    for n in tl.static_range(0, PAD + 1, T):
+        if n + t > 0 and n + j >= PAD and 2 * n + t + j <= 2 * PAD and (2 * n + t + j - PAD) % D == 0:
+            at = (first + C - (2 * n + t + j - PAD) // D) * step
+            factor += _load(weights + at, ACC, x == n, 0.)
+    # Where x is n before the last column, they are q = n - t and p = n - j + PAD from it, and the place is q + p.
+    for n in tl.static_range(REST - 1, PAD + T, T):
+        if n > t and n + PAD >= j and 2 * n <= t + j and (2 * n - t - j + PAD) % D == 0:
+            at = (first + C + (2 * n - t - j + PAD) // D) * step
+            factor += _load(weights + at, ACC, x == width - 1 - n, 0.)
+    return factor
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
 def _value_grad(
         a, b, w, batch, height, width, groups, sharing, scale,
         a_b, a_s, a_g, a_h, a_w, b_b, b_s, b_g, b_h, b_w, w_b, w_g, w_k, w_h, w_w,
-        left, right,
         A_UNIT: tl.constexpr, A_V: tl.constexpr, B_UNIT: tl.constexpr, B_V: tl.constexpr,
         W_UNIT: tl.constexpr, W_V: tl.constexpr,
-        K: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, OFFSET: tl.constexpr, MASKED: tl.constexpr,
-        EDGE: tl.constexpr, REST: tl.constexpr,
-        T: tl.constexpr, R: tl.constexpr, N: tl.constexpr, L: tl.constexpr, E: tl.constexpr,
+        K: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, OFFSET: tl.constexpr, REST: tl.constexpr,
+        T: tl.constexpr, N: tl.constexpr, E: tl.constexpr, R: tl.constexpr, L: tl.constexpr,
 ):
     """a: gradient of the value. b: gradient of the output. w: weight.
 
-    Each pixel q gathers from the pixels p that saw it, as it is or mirrored. A block keeps to one row of the maps, so
-    that mirrored rows cost nothing but where they are; columns from `left` to `right`, where nothing is mirrored, and
-    those near the borders (EDGE) are served by launches of their own. The last strip of a row holds REST pixels.
+    Each pixel q gathers from the pixels p that saw it, as it is or mirrored. Where that happens along a row is known
+    when the kernel is compiled: the last strip of a row holds REST pixels.
     """
     C: tl.constexpr = K // 2
     PAD: tl.constexpr = C * D
-    y = tl.program_id(0).to(OFFSET) % height
-    strip = tl.program_id(0).to(OFFSET) // height * N + tl.arange(0, N)[:, None, None]
-    if EDGE:
-        strips = left // T + tl.cdiv(width - right, T)  # of an image
-    else:
-        strips = (right - left) // T
-    there = strip < batch.to(OFFSET) * strips
-    strip = tl.minimum(strip, batch.to(OFFSET) * strips - 1)
-    image = (strip // strips).to(tl.int64)
-    strip = strip % strips
-    if EDGE:
-        strip = tl.where(strip < left // T, strip, strip + (right - left) // T)
-    else:
-        strip += left // T
-    last = tl.cdiv(width, T) - 1
-    x = strip * T
-    g, s, known = _channels(sharing, R, N, L, E, groups)
+    y, image, x, there = _strips(batch, height, width, T, N, OFFSET)
+    g, s = _channels(groups, R, L, E)
 
     grads = ()
     for r in tl.static_range(R):
-        grads = grads + (_planes(b, image, s[r], g, b_b, b_s, b_g, B_UNIT, B_V, OFFSET),)
+        known = tl.minimum(s[r], sharing - 1)
+        grads = grads + (_planes(b, image, known, g, b_b, b_s, b_g, B_UNIT, B_V, OFFSET),)
     weights = _planes(w, image, g * 0, g, w_b, 0, w_g, W_UNIT, W_V, OFFSET)
     place = w_k.to(OFFSET) * W_V
-
-    columns = ()
-    w_columns = ()
-    inside = ()
-    for j in tl.static_range(T + 2 * PAD):
-        column = x + (j - PAD)
-        columns = columns + (column * b_w * B_V,)
-        w_columns = w_columns + (column * w_w * W_V,)
-        inside = inside + ((column >= 0) & (column < width),)
 
     sums = ((tl.zeros([N, L, E], ACC),) * R,) * T
     for mirror in range(3):
@@ -238,27 +219,21 @@ def _value_grad(
         for ky in range(start, tl.where((mirror == 0) | above | below, stop, 0)):
             row = seen_y + PAD - ky * D
             for j in tl.static_range(T + 2 * PAD):
-                v = _load(grads, row * b_h * B_V + columns[j], inside[j], known, EDGE, MASKED, ACC)
-                here = (weights + (row * w_h * W_V + w_columns[j]),)
+                column = x + (j - PAD)
+                inside = (column >= 0) & (column < width)
+                v = ()
+                for r in tl.static_range(R):
+                    v = v + (_load(grads[r] + (row * b_h + column * b_w) * B_V, ACC, inside, 0.),)
+                here = weights + (row * w_h + column * w_w) * W_V
                 new = ()
                 for t in tl.static_range(T):
-                    if j >= t and j <= t + 2 * PAD and (EDGE or (j - t) % D == 0):
+                    if j >= t and j <= t + 2 * PAD:
                         factor = tl.zeros([N, L, E], ACC)
                         if (j - t) % D == 0:
-                            at = (ky * K + C + (t + PAD - j) // D) * place
-                            factor = _load(here, at, inside[j], (g < groups,), EDGE, MASKED, ACC)[0]
-                        # Mirrored at the left, in the n-th strip: q = n T + t and p = n T + j - PAD, at place -(q + p).
-                        for n in tl.static_range(PAD // T + 1 if EDGE else 0):
-                            if n * T + t > 0 and n * T + j >= PAD and 2 * n * T + t + j <= 2 * PAD:
-                                if (2 * n * T + t + j - PAD) % D == 0:
-                                    at = (ky * K + C - (2 * n * T + t + j - PAD) // D) * place
-                                    factor += _load(here, at, strip == n, (g < groups,), True, MASKED, ACC)[0]
-                        # At the right, in the n-th last strip, the same in distances from the last column.
-                        for n in tl.static_range(PAD // T + 2 if EDGE else 0):
-                            if n * T + REST > t + 1 and n * T + REST + PAD > j and 2 * (n * T + REST - 1) <= t + j:
-                                if (2 * (n * T + REST - 1) - t - j + PAD) % D == 0:
-                                    at = (ky * K + C + (2 * (n * T + REST - 1) - t - j + PAD) // D) * place
-                                    factor += _load(here, at, strip == last - n, (g < groups,), True, MASKED, ACC)[0]
+                            factor = _load(here + (ky * K + C + (t + PAD - j) // D) * place, ACC, inside, 0.)
+                        factor = _with_mirrored(
+                            factor, here, ky * K, place, x, width, t, j, REST, T, K, D, ACC,
+                        )
                         sums_t = ()
                         for r in tl.static_range(R):
                             sums_t = sums_t + (tl.fma(factor, v[r], sums[t][r]),)
@@ -266,10 +241,7 @@ def _value_grad(
                     else:
                         new = new + (sums[t],)
                 sums = new
-    _store(
-        a, sums, image, y, x, there, width, s, g, known, a_b, a_s, a_g, a_h, a_w,
-        A_UNIT, A_V, OFFSET, MASKED, T, R,
-    )
+    _store(a, sums, image, y, x, there, width, s, g, sharing, a_b, a_s, a_g, a_h, a_w, A_UNIT, A_V, OFFSET, T, R)
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
@@ -278,31 +250,24 @@ def _weight_grad(
         a_b, a_s, a_g, a_h, a_w, b_b, b_s, b_g, b_h, b_w, w_b, w_g, w_k, w_h, w_w,
         A_UNIT: tl.constexpr, A_V: tl.constexpr, B_UNIT: tl.constexpr, B_V: tl.constexpr,
         W_UNIT: tl.constexpr, W_V: tl.constexpr,
-        K: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, OFFSET: tl.constexpr, MASKED: tl.constexpr,
+        K: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, OFFSET: tl.constexpr,
         T: tl.constexpr, N: tl.constexpr, E: tl.constexpr,
 ):
     """a: gradient of the output. b: value. w: gradient of the weight."""
     PAD: tl.constexpr = K // 2 * D
-    across = tl.cdiv(width, T)
-    total = batch.to(OFFSET) * height * across
-    strip = tl.program_id(0).to(OFFSET) * N + tl.arange(0, N)[:, None, None]
-    there = strip < total
-    strip = tl.minimum(strip, total - 1)
-    image = (strip // (height * across)).to(tl.int64)
-    y = strip // across % height
-    x = strip % across * T
+    y, image, x, there = _strips(batch, height, width, T, N, OFFSET)
     g = (tl.program_id(1) * E + tl.arange(0, E))[None, None, :]
 
     grads = _planes(a, image, g * 0, g, a_b, a_s, a_g, A_UNIT, A_V, OFFSET) + y * a_h * A_V
     values = _planes(b, image, g * 0, g, b_b, b_s, b_g, B_UNIT, B_V, OFFSET)
     results = _planes(w, image, g * 0, g, w_b, 0, w_g, W_UNIT, W_V, OFFSET) + y * w_h * W_V
     place = w_k.to(OFFSET) * W_V
+    a_channel = a_s.to(OFFSET) * A_V
+    b_channel = b_s.to(OFFSET) * B_V
 
     a_columns = ()
-    w_columns = ()
     for t in tl.static_range(T):
         a_columns = a_columns + (tl.minimum(x + t, width - 1) * a_w * A_V,)
-        w_columns = w_columns + ((x + t) * w_w * W_V,)
     columns = ()
     for j in tl.static_range(T + 2 * PAD):
         columns = columns + (_reflected(x + (j - PAD), width) * b_w * B_V,)
@@ -310,15 +275,12 @@ def _weight_grad(
     for ky in range(K):
         row = _reflected(y + (ky * D - PAD), height) * b_h * B_V
         sums = ((tl.zeros([N, 1, E], ACC),) * K,) * T
-        # Neighbouring strips start at different channels, for the sake of the banks of the cache (see `_channels`); by
-        # their column, so that the order does not depend on the tile.
-        s = x // 2 % sharing if E > 1 else x * 0
-        for _ in range(sharing):
+        for s in range(sharing):
             d = ()
             for t in tl.static_range(T):
-                d = d + _load((grads,), a_columns[t] + s * a_s * A_V, there, (g < groups,), False, MASKED, ACC)
+                d = d + (_load(grads + (a_columns[t] + s * a_channel), ACC),)
             for j in tl.static_range(T + 2 * PAD):
-                v = _load((values,), row + columns[j] + s * b_s * B_V, there, (g < groups,), False, MASKED, ACC)[0]
+                v = _load(values + (row + columns[j] + s * b_channel), ACC)
                 new = ()
                 for t in tl.static_range(T):
                     places = ()
@@ -329,52 +291,36 @@ def _weight_grad(
                             places = places + (sums[t][kx],)
                     new = new + (places,)
                 sums = new
-            s = tl.where(s == sharing - 1, 0, s + 1)
         for t in tl.static_range(T):
             keep = there & (x + t < width)
-            if MASKED:
-                keep = keep & (g < groups)
             for kx in tl.static_range(K):
                 result = sums[t][kx]
                 if w.dtype.element_ty.primitive_bitwidth == 16:  # no conversion leads there from float64
                     result = result.to(tl.float32)
-                at = w_columns[t] + (ky * K + kx) * place
+                at = (x + t) * w_w * W_V + (ky * K + kx) * place
                 tl.store(results + at, result.to(w.dtype.element_ty), mask=keep)
 
 
-def _tiles(kernel: Any, last: bool, groups: int, sharing: int, itemsize: int, rest: int) -> list[dict[str, Any]]:
+def _tiles(kernel: Any, last: bool, groups: int, sharing: int, width: int, itemsize: int) -> list[dict[str, int]]:
     """What to choose from, where channels are innermost in memory (`last`) or not."""
-    e = min(16, triton.next_power_of_2(groups)) if last else 1
-    vector = min(e, 16 // itemsize)
-    ragged = groups % e != 0
-    tiles: list[dict[str, Any]] = []
+    e = math.gcd(groups, 16) if last else 1
+    threads = 128 * min(e, 16 // itemsize) // e  # for one group each, of four warps
     if kernel is _weight_grad:
-        for t in (2, 1) if last else (4, 2):
-            tiles.append({'T': t, 'N': 128 * vector // e, 'E': e, 'MASKED': ragged})
-        return tiles
+        return [{'T': t, 'N': threads, 'E': e} for t in ((2, 1) if last else (4, 2))]
     share = min(sharing, _MOST_SHARING)
-    for t, r, registers in ((4, 2, None), (2, 4, 128), (2, 4, None)) if last else ((4, share, None), (2, share, None)):
+    tiles = []
+    for t, r in ((4, 2), (2, 4)) if last else ((4, share), (2, share)):
         lanes = triton.next_power_of_2(triton.cdiv(share, r))
-        tile = {'T': t, 'R': triton.cdiv(share, lanes), 'L': lanes, 'E': e, 'N': max(128 * vector // (lanes * e), 1)}
-        tile['MASKED'] = ragged or sharing % (lanes * tile['R']) != 0
-        if kernel is _value_grad:
-            tile['REST'] = (rest - 1) % t + 1
-        tiles.append(tile | {'maxnreg': registers})
+        tile = {'T': t, 'N': max(threads // lanes, 1), 'E': e, 'R': triton.cdiv(share, lanes), 'L': lanes}
+        tiles.append(tile | ({'REST': (width - 1) % t + 1} if kernel is _value_grad else {}))
     return tiles
 
 
 @functools.cache
-def _tuned(*kind: Any) -> Any:
+def _tuned(kernel: Any, *kind: Any) -> Any:
     """The kernel with the fastest of its tiles, measured when it first meets a scale of maps."""
-    configs = [
-        triton.Config(
-            {name: size for name, size in tile.items() if name != 'maxnreg'},
-            num_warps=4,
-            maxnreg=tile.get('maxnreg'),
-        )
-        for tile in _tiles(*kind)
-    ]
-    return triton.autotune(configs, key=['scale', 'K', 'D', 'A_UNIT', 'W_UNIT'])(kind[0])
+    configs = [triton.Config(tile, num_warps=4) for tile in _tiles(kernel, *kind)]
+    return triton.autotune(configs, key=['scale', 'K', 'D', 'A_UNIT', 'W_UNIT'])(kernel)
 
 
 def _steps(x: torch.Tensor, groups: int, last: bool) -> tuple[list[int], bool, int, int]:
@@ -414,36 +360,19 @@ def _launch(kernel: Any, a: torch.Tensor, b: torch.Tensor, w: torch.Tensor, kern
         OFFSET=tl.int32 if max(a_span, b_span, w_span, batch * height * width) < 2 ** 30 else tl.int64,
     )
 
-    def run(strips: Callable[[int], int], rest: int = 0, **more: Any) -> None:
-        """Launch over rows of so many strips of T pixels."""
+    def grid(tile: dict[str, int]) -> tuple[int, int]:
+        blocks = height * triton.cdiv(batch * triton.cdiv(width, tile['T']), tile['N'])
+        shares = 1 if kernel is _weight_grad else triton.cdiv(sharing, tile['R'] * tile['L'])
+        return blocks, groups // tile['E'] * shares
 
-        def grid(meta: dict[str, Any]) -> tuple[int, int]:
-            if kernel is _value_grad:
-                blocks = height * triton.cdiv(batch * strips(meta['T']), meta['N'])
-            else:
-                blocks = triton.cdiv(batch * height * strips(meta['T']), meta['N'])
-            shares = 1 if kernel is _weight_grad else triton.cdiv(sharing, meta['R'] * meta['L'])
-            return blocks, triton.cdiv(groups, meta['E']) * shares
-
-        kind = kernel, last, groups, sharing, b.element_size(), rest
+    # Of the width only what the last strip of a row holds matters, and strips are of at most 4 pixels.
+    kind = kernel, last, groups, sharing, (width - 1) % 4 + 1 if kernel is _value_grad else 0, b.element_size()
+    with torch.cuda.device_of(b):
         if isinstance(kernel, triton.JITFunction):
             # Multiply-adds are written out; Triton 3.9 warns whoever does not choose.
-            _tuned(*kind)[grid](*arguments, **more, **constants, enable_fp_fusion=True)
+            _tuned(*kind)[grid](*arguments, **constants, enable_fp_fusion=True)
         else:  # Triton's interpreter, which has no time to measure
-            kernel[grid](*arguments, **more, **constants, **_tiles(*kind)[0])
-
-    with torch.cuda.device_of(b):
-        if kernel is not _value_grad:
-            run(lambda t: triton.cdiv(width, t))
-            return
-        pad = kernel_size // 2 * dilation
-        # Multiples of every T: each launch is tuned on its own, and they must divide the columns between them.
-        left, right = pad // 4 * 4 + 4, (width - 1 - pad) // 4 * 4
-        if left >= right:
-            left = right = 0
-        else:
-            run(lambda t: (right - left) // t, left=left, right=right, EDGE=False)
-        run(lambda t: left // t + triton.cdiv(width - right, t), (width - 1) % 4 + 1, left=left, right=right, EDGE=True)
+            kernel[grid](*arguments, **constants, **_tiles(*kind)[0])
 
 
 def _weight_order(weight: torch.Tensor) -> list[int]:
