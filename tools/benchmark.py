@@ -8,12 +8,18 @@
 All that stands in one group of the table runs in turn, round after round, in this one process, so that what else the
 machine does hits all alike; compare ratios, not times, unless the device is a GPU that nothing else uses. Weights are
 random, as speed does not depend on them.
+
+On a CUDA device the aggregation also stands beside the formulation of the paper's own kernels (tools/_global_loop.py),
+and SAN models beside themselves with it; and what our kernels take is related to the least bytes that must be moved, at
+the speed that a copy is measured to have. `profile` shows which kernels a training step spends its time in.
 """
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
+import importlib.util
 import json
 import os
 import platform
@@ -59,6 +65,7 @@ class Row:
         seconds: Time of each round.
         peak: Bytes allocated at most beyond what was there before.
         ratio: Median time of the group's first row over this one's: above 1 is faster.
+        bound: Time of its kernels on a GPU over that in which a copy moves the least bytes, where these are known.
     """
 
     group: str
@@ -66,6 +73,7 @@ class Row:
     seconds: list[float] = field(default_factory=list)
     peak: int = 0
     ratio: float = 1.
+    bound: float | None = None
 
     @property
     def median(self) -> float:
@@ -105,6 +113,25 @@ class Setting:
         return torch.compile(function) if self.compiled else function
 
 
+@dataclass(frozen=True)
+class Moving:
+    """A call, and how many bytes of memory it cannot but move."""
+
+    run: Callable[[], Any]
+    least: int
+
+    def __call__(self) -> Any:
+        return self.run()
+
+
+def least_bytes(batch: int, channels: int, side: int, kernel_size: int, itemsize: int) -> dict[str, int]:
+    """What an aggregation in which 8 channels share a weight must move, each of its inputs and outputs once."""
+    value, weight = channels, channels // 8 * kernel_size ** 2
+    forward, backward = 2 * value + weight, 3 * value + 2 * weight
+    pixel = batch * side ** 2 * itemsize
+    return {'forward': forward * pixel, 'backward': backward * pixel, 'training': (forward + backward) * pixel}
+
+
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
     """Within it, our layers compute as the papers are usually written down: unfold, one-hot products, dense maps."""
@@ -112,21 +139,27 @@ def plain() -> Iterator[None]:
         turned = ops.column_attention_reference(query.transpose(-1, -2), value.transpose(-1, -2), table)
         return turned.transpose(-1, -2)
 
-    replaced: list[tuple[Any, str, Any]] = [
+    with replaced(
         (san_attention, 'aggregation', ops.aggregation_reference),
         (san_attention, 'eager_on_cpu', lambda *tensors: False),
         (global_self_attention, 'records_gradients', lambda *tensors: True),
         (global_self_attention, 'column_attention', ops.column_attention_reference),
         (global_self_attention, 'row_attention', row_attention_reference),
         (prior_attention, 'gaussian_attention', ops.gaussian_attention_reference),
-    ]
-    before = [getattr(module, name) for module, name, _ in replaced]
-    for module, name, function in replaced:
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def replaced(*functions: tuple[Any, str, Any]) -> Iterator[None]:
+    """Within it, modules have other functions under these names."""
+    before = [getattr(module, name) for module, name, _ in functions]
+    for module, name, function in functions:
         setattr(module, name, function)
     try:
         yield
     finally:
-        for (module, name, _), function in zip(replaced, before, strict=True):
+        for (module, name, _), function in zip(functions, before, strict=True):
             setattr(module, name, function)
 
 
@@ -136,6 +169,25 @@ def plainly(run: Callable[[], Any]) -> Callable[[], Any]:
         with plain():
             return run()
     return inside
+
+
+def global_loop() -> Any:
+    """The formulation of the paper's own kernels, which needs Triton."""
+    import _global_loop
+
+    return _global_loop.aggregation
+
+
+def with_global_loop(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The same call with aggregations by it."""
+    def inside() -> Any:
+        with replaced((san_attention, 'aggregation', global_loop())):
+            return run()
+    return inside
+
+
+def has_global_loop(device: torch.device) -> bool:
+    return device.type == 'cuda' and importlib.util.find_spec('triton') is not None
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
@@ -170,20 +222,61 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure(group: str, runs: dict[str, Callable[[], Any]], setting: Setting, progress: Any) -> list[Row]:
-    """Rows of a group: peak memory once, then the time of each in turn, round after round."""
-    rows = {name: Row(group, name) for name in runs}
+def kernels_seconds(run: Callable[[], Any]) -> float:
+    """What the kernels of one call take on a GPU, without what lies between them."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
+
+
+@functools.cache
+def bandwidth(device: torch.device) -> float:
+    """Bytes a second that a copy on a GPU reads and writes."""
+    source = torch.empty(2 ** 30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2 * 2 ** 30 / min(kernels_seconds(lambda: target.copy_(source)) for _ in range(5))
+
+
+def measure(
+        group: str,
+        runs: dict[str, Callable[[], Any]],
+        setting: Setting,
+        progress: Any,
+        deadline: float = float('inf'),
+) -> list[Row]:
+    """Rows of a group: peak memory once, then the time of each in turn, round after round.
+
+    What the memory of a GPU does not hold is left out, and what would start after the deadline.
+    """
+    rows: dict[str, Row] = {}
     for name, run in runs.items():
-        run()  # compiles, and chooses algorithms
-        rows[name].peak = peak_bytes(run, setting.device)
+        if rows and time.monotonic() > deadline:
+            tqdm.write(f'{group}: no time left for {name}', file=sys.stderr)
+            continue
+        row = Row(group, name)
+        try:
+            run()  # compiles, and chooses algorithms
+            row.peak = peak_bytes(run, setting.device)
+        except torch.OutOfMemoryError:
+            tqdm.write(f'{group}: out of memory in {name}', file=sys.stderr)
+            continue
+        finally:
+            progress.update()
+        if isinstance(run, Moving) and setting.device.type == 'cuda':
+            row.bound = statistics.median(kernels_seconds(run) for _ in range(5)) / (
+                run.least / bandwidth(setting.device))
+        rows[name] = row
+    for turn in range(setting.rounds):
+        if turn and time.monotonic() > deadline:
+            break
+        for name in rows:
+            rows[name].seconds.append(seconds(runs[name], setting.device))
         progress.update()
-    for _ in range(setting.rounds):
-        for name, run in runs.items():
-            rows[name].seconds.append(seconds(run, setting.device))
-        progress.update()
-    first = next(iter(rows.values()))
     for row in rows.values():
-        row.ratio = first.median / row.median
+        row.ratio = next(iter(rows.values())).median / row.median
     return list(rows.values())
 
 
@@ -194,11 +287,24 @@ def stepped(function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor
     """Forward and backward pass of an operation or layer."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     parameters = list(function.parameters()) if isinstance(function, nn.Module) else []
+    grad: torch.Tensor | None = None  # of the output, and laid out as it: that of a sum would be one number, expanded
 
     def run() -> Any:
-        return torch.autograd.grad(function(*inputs).sum(), [*inputs, *parameters])
+        nonlocal grad
+        out = function(*inputs)
+        if grad is None:
+            grad = torch.randn_like(out)
+        return torch.autograd.grad(out, [*inputs, *parameters], grad)
 
     return run
+
+
+def backward(function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor]) -> Callable[[], Any]:
+    """Backward pass of an operation alone."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = function(*inputs)
+    grad = torch.randn_like(out)
+    return lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)
 
 
 def inferred(function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor]) -> Callable[[], Any]:
@@ -210,6 +316,9 @@ def inferred(function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tenso
     return run
 
 
+LABELS: dict[Any, str] = {inferred: 'forward', backward: 'backward', stepped: 'training'}
+
+
 def operation_groups(setting: Setting, batch: int) -> Groups:
     """Each operation beside its plain formulation, the Gaussian beside a 3 x 3 convolution; forward and training."""
     def random(*shape: int) -> torch.Tensor:
@@ -218,10 +327,22 @@ def operation_groups(setting: Setting, batch: int) -> Groups:
     def aggregation(channels: int, side: int, kernel_size: int, way: Any) -> dict[str, Callable[[], Any]]:
         value = setting.laid_out(random(batch, channels, side, side))
         weight = random(batch, channels // 8, kernel_size ** 2, side, side)
-        return {
-            'unfold, einsum': way(lambda v, w: ops.aggregation_reference(v, w, kernel_size), (value, weight)),
-            'ours': way(setting.code(lambda v, w: ops.aggregation(v, w, kernel_size)), (value, weight)),
-        }
+        least = least_bytes(batch, channels, side, kernel_size, value.element_size())[LABELS[way]]
+        # A compiled graph is freed by its backward pass, of which the kernels are the same.
+        code = setting.code if way is not backward else lambda function: function
+
+        def ours(weight: torch.Tensor) -> Moving:
+            return Moving(way(code(lambda v, w: ops.aggregation(v, w, kernel_size)), (value, weight)), least)
+
+        runs = {'unfold, einsum': way(lambda v, w: ops.aggregation_reference(v, w, kernel_size), (value, weight))}
+        if has_global_loop(setting.device):
+            single = value.float().contiguous(), weight.float()
+            runs['global-memory loop, float32'] = way(lambda v, w: global_loop()(v, w, kernel_size), single)
+        if setting.device.type == 'cuda' and setting.channels_last:
+            runs['ours, groups innermost'] = ours(weight.permute(0, 3, 4, 2, 1).contiguous().permute(0, 4, 3, 1, 2))
+            weight = weight.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)  # from a patchwise layer
+        runs['ours'] = ours(weight)
+        return runs
 
     def position(side: int, channels: int, way: Any) -> dict[str, Callable[[], Any]]:
         query, value = (random(batch, 8, channels // 8, side, side) for _ in range(2))
@@ -256,10 +377,14 @@ def operation_groups(setting: Setting, batch: int) -> Groups:
         }
 
     groups: Groups = {}
-    for label, way in (('forward', inferred), ('training', stepped)):
+    for way, label in LABELS.items():
+        if way is backward and setting.device.type != 'cuda':
+            continue
         for channels, side, kernel_size in STAGES:
             groups[f'aggregation {side} x {side}, {channels} channels, {label}'] = partial(
                 aggregation, channels, side, kernel_size, way)
+        if way is backward:
+            continue
         for kind in (layers.PatchwiseAttention, layers.PairwiseAttention):
             for channels, side, kernel_size in STAGES[1:]:
                 groups[f'{kind.__name__} {side} x {side}, {4 * channels} channels, {label}'] = partial(
@@ -281,6 +406,10 @@ def model_groups(setting: Setting, batch: int, size: int, names: Sequence[str], 
         for name in (BASE, *names):
             model = setting.model(name)
             ours = any(type(module).__module__.startswith('timm_gsa.layers') for module in model.modules())
+            if name.startswith('san') and has_global_loop(setting.device):
+                single = Setting(setting.device, torch.float32, False, False, setting.rounds)
+                run = model_run(single, single.model(name), batch, size, training)
+                result[f'{name} with the global-memory loop, float32'] = with_global_loop(run)
             if ours:
                 result[f'{name} plain'] = plainly(model_run(contiguous, contiguous.model(name), batch, size, training))
             if name != BASE or setting.compiled or setting.channels_last:
@@ -316,11 +445,28 @@ def scaling_groups(setting: Setting, batch: int, sizes: Sequence[int], names: Se
     return {f'inference, {size} px, batch {batch}': partial(runs, size) for size in sizes}
 
 
+def profiled(setting: Setting, name: str, batch: int, size: int) -> str:
+    """Which kernels, or operators of the CPU, a training step of a model spends most of its time in."""
+    step = model_run(setting, setting.model(name), batch, size, True)
+    for _ in range(3):
+        step()
+    gpu = setting.device.type == 'cuda'
+    activity = torch.profiler.ProfilerActivity.CUDA if gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profile:
+        step()
+        if gpu:
+            torch.cuda.synchronize()
+    key = 'self_device_time_total' if gpu else 'self_cpu_time_total'
+    return profile.key_averages().table(sort_by=key, row_limit=20, max_name_column_width=70)
+
+
 def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
+    related = any(row.bound is not None for row in rows)
+    more = (' kernels over least bytes |', ' ---: |') if related else ('', '')
     lines = [
-        '| what | | ms (median, half the distance of the quartiles) | faster by | peak MB | of the first |',
-        '| --- | --- | ---: | ---: | ---: | ---: |',
+        '| what | | ms (median, half the distance of the quartiles) | faster by | peak MB | of the first |' + more[0],
+        '| --- | --- | ---: | ---: | ---: | ---: |' + more[1],
     ]
     first = rows[0]
     for row in rows:
@@ -328,7 +474,8 @@ def table(rows: Sequence[Row]) -> str:
             first = row
         lines.append(
             f'| {row.group if row is first else ""} | {row.name} | {1e3 * row.median:.1f} ± {100 * row.spread:.0f} % '
-            f'| {row.ratio:.2f} | {row.peak / 1e6:.1f} | {row.peak / max(first.peak, 1):.2f} |')
+            f'| {row.ratio:.2f} | {row.peak / 1e6:.1f} | {row.peak / max(first.peak, 1):.2f} |'
+            + ('' if not related else ' |' if row.bound is None else f' {row.bound:.2f} |'))
     return '\n'.join(lines)
 
 
@@ -346,6 +493,7 @@ def machine(setting: Setting) -> dict[str, Any]:
         channels_last=setting.channels_last,
         compiled=setting.compiled,
         rounds=setting.rounds,
+        **({'copied_GB_per_s': round(bandwidth(setting.device) / 1e9)} if setting.device.type == 'cuda' else {}),
         command=' '.join(['python', 'tools/benchmark.py', *sys.argv[1:]]),
     )
 
@@ -373,7 +521,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure what a command line asks for, print the table; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or '').partition('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('what', choices=('operations', 'inference', 'training', 'scaling'))
+    parser.add_argument('what', choices=('operations', 'inference', 'training', 'scaling', 'profile'))
     parser.add_argument('--models', nargs='+', default=list(OURS + PEERS), help='beside resnet50')
     parser.add_argument('--only', metavar='TEXT', default='', help='groups with this text in their name')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
@@ -384,6 +532,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--img-size', type=positive, default=224)
     parser.add_argument('--img-sizes', type=positive, nargs='+', default=[128, 224, 448, 1024], help='of scaling')
     parser.add_argument('--rounds', type=positive, default=7)
+    parser.add_argument('--seconds', type=positive, help='start nothing new after so long')
     parser.add_argument('--threads', type=positive, help='of the CPU; what torch chooses if not given')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the figures there')
     parser.add_argument('--plot', type=Path, metavar='FILE', help='draw the ratios there (needs matplotlib)')
@@ -393,6 +542,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # every block is a graph of its own
     setting = Setting(torch.device(args.device), DTYPES[args.dtype], args.channels_last, args.compile, args.rounds)
+    deadline = time.monotonic() + (args.seconds or float('inf'))
+    if args.what == 'profile':
+        for name in args.models:
+            if time.monotonic() <= deadline:
+                print(f'{name}\n{profiled(setting, name, args.batch_size, args.img_size)}\n', flush=True)
+        return 0
     if args.what == 'operations':
         groups = operation_groups(setting, args.batch_size)
     elif args.what == 'scaling':
@@ -403,19 +558,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not groups:
         parser.error(f'argument --only: no group has {args.only!r} in its name')
 
-    rows = []
+    rows: list[Row] = []
     with tqdm(desc=args.what, unit='run', disable=None) as progress:
         for name, group in groups.items():
+            if rows and time.monotonic() > deadline:
+                break
             progress.set_postfix_str(name)
-            rows += measure(name, group(), setting, progress)
+            rows += measure(name, group(), setting, progress, deadline)
             gc.collect()
+            if args.json:  # after every group, as whoever waits for figures may not wait for all
+                report = dict(machine=machine(setting), rows=[
+                    {**asdict(row), 'median': row.median, 'spread': row.spread} for row in rows])
+                with written_whole(args.json) as temporary:
+                    temporary.write_text(json.dumps(report, indent=1) + '\n')
     print(table(rows))
     print('\n' + ', '.join(f'{key} {value}' for key, value in machine(setting).items()))
-    if args.json:
-        report = dict(machine=machine(setting), rows=[
-            {**asdict(row), 'median': row.median, 'spread': row.spread} for row in rows])
-        with written_whole(args.json) as temporary:
-            temporary.write_text(json.dumps(report, indent=1) + '\n')
     if args.plot:
         draw(rows, args.plot)
     return 0

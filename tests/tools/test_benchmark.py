@@ -1,13 +1,22 @@
 """The tool that measures speed and memory: what it measures, and that plain formulations give what ours give."""
 import importlib.util
 import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import benchmark
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 import timm_gsa.layers.san_attention as san_attention
+
+from ..ops.test_aggregation_triton import needs_cuda, needs_triton
 
 CPU = torch.device('cpu')
 
@@ -64,6 +73,100 @@ def test_peak_counts_what_is_held_at_once():
         return second + 1
 
     assert 16_000 <= benchmark.peak_bytes(run, CPU) < 20_000
+
+
+def test_least_bytes_of_a_stage_are_those_of_its_inputs_and_outputs():
+    value, weight = (math.prod(shape) * 2 for shape in ((256, 64, 56, 56), (256, 8, 49, 56, 56)))
+    assert benchmark.least_bytes(256, 64, 56, 7, 2) == {
+        'forward': 2 * value + weight, 'backward': 3 * value + 2 * weight, 'training': 5 * value + 3 * weight}
+
+
+def test_kernels_are_related_to_the_least_bytes_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(benchmark, 'kernels_seconds', lambda run: 3e-3)
+    monkeypatch.setattr(benchmark, 'bandwidth', lambda device: 1e9)
+    monkeypatch.setattr(benchmark, 'peak_bytes', lambda run, device: 1)
+    monkeypatch.setattr(benchmark, 'seconds', lambda run, device: 1.)
+    setting = benchmark.Setting(torch.device('cuda'), torch.float32, False, False, 1)
+    runs = {'other': lambda: None, 'ours': benchmark.Moving(lambda: None, 2_000_000)}
+    rows = benchmark.measure('group', runs, setting, tqdm(disable=True))
+    assert [row.bound for row in rows] == [None, pytest.approx(1.5)]
+    first, _, other, ours = benchmark.table(rows).splitlines()
+    assert first.endswith('| kernels over least bytes |')
+    assert other.endswith('| 1.00 | |') and ours.endswith('| 1.00 | 1.50 |')
+
+
+def test_what_does_not_fit_or_comes_too_late_is_left_out(capsys):
+    def too_large():
+        raise torch.OutOfMemoryError
+
+    setting = benchmark.Setting(CPU, torch.float32, False, False, 3)
+    runs = {'first': lambda: torch.ones(9), 'large': too_large, 'last': lambda: torch.ones(9)}
+    rows = benchmark.measure('group', runs, setting, tqdm(disable=True))
+    assert [row.name for row in rows] == ['first', 'last'] and len(rows[0].seconds) == 3
+    rows = benchmark.measure('group', runs, setting, tqdm(disable=True), deadline=time.monotonic())
+    assert [(row.name, len(row.seconds)) for row in rows] == [('first', 1)]
+    errors = capsys.readouterr().err
+    assert 'group: out of memory in large' in errors and 'group: no time left for last' in errors
+
+
+def test_gradients_are_asked_for_with_a_dense_one_of_the_output():
+    seen = []
+
+    def function(x):
+        y = 2 * x
+        y.register_hook(lambda grad: seen.append((grad.stride(), grad.is_contiguous())))
+        return y
+
+    inputs = (torch.ones(2, 3),)
+    for way in (benchmark.stepped, benchmark.backward):
+        run = way(function, inputs)
+        assert torch.equal(run()[0], run()[0])
+    assert seen == [((3, 1), True)] * 4
+
+
+def test_profile_names_what_a_training_step_spends_its_time_in(capsys):
+    arguments = ['--models', 'priorattn_resnet_tiny', '--batch-size', '2', '--img-size', '64', '--device', 'cpu']
+    assert benchmark.main(['profile', *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith('priorattn_resnet_tiny\n') and 'convolution_backward' in printed
+
+
+INTERPRETED = """
+import _global_loop, torch
+from timm_gsa.ops import aggregation_reference
+torch.manual_seed(0)
+for shape, groups, kernel_size in (((2, 6, 5, 4), 3, 3), ((1, 8, 4, 7), 1, 7)):
+    value, grad = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    weight = torch.randn(shape[0], groups, kernel_size ** 2, *shape[2:], requires_grad=True)
+    both = []
+    for function in (_global_loop.aggregation, aggregation_reference):
+        out = function(value, weight, kernel_size)
+        both.append((out, *torch.autograd.grad(out, (value, weight), grad)))
+    torch.testing.assert_close(*both, rtol=1e-4, atol=1e-4)
+print('agree')
+"""
+
+
+@needs_triton
+def test_formulation_of_the_papers_kernels_agrees_with_the_reference():
+    tools = Path(benchmark.__file__).parent
+    environment = {**os.environ, 'TRITON_INTERPRET': '1', 'PYTHONPATH': os.pathsep.join([str(tools), *sys.path])}
+    run = subprocess.run([sys.executable, '-c', INTERPRETED], env=environment, capture_output=True, text=True)
+    assert run.stdout == 'agree\n', run.stderr
+
+
+@pytest.mark.gpu
+@needs_cuda
+@needs_triton
+def test_operations_on_a_gpu(tmp_path):
+    report = tmp_path / 'report.json'
+    arguments = ['operations', '--only', 'aggregation 14', '--batch-size', '32', '--rounds', '2', '--channels-last']
+    assert benchmark.main([*arguments, '--dtype', 'bfloat16', '--json', str(report)]) == 0
+    rows = json.loads(report.read_text())['rows']
+    assert {row['group'].split()[-1] for row in rows} == {'forward', 'backward', 'training'}
+    for row in rows:
+        assert (row['bound'] is not None) == row['name'].startswith('ours')
+        assert row['bound'] is None or 0.3 < row['bound'] < 30
 
 
 def test_rows_know_their_median_and_spread():
