@@ -383,6 +383,7 @@ def operation_groups(setting: Setting, batch: int) -> Groups:
         for channels, side, kernel_size in STAGES:
             groups[f'aggregation {side} x {side}, {channels} channels, {label}'] = partial(
                 aggregation, channels, side, kernel_size, way)
+    for way, label in LABELS.items():
         if way is backward:
             continue
         for kind in (layers.PatchwiseAttention, layers.PairwiseAttention):
@@ -398,22 +399,25 @@ def operation_groups(setting: Setting, batch: int) -> Groups:
 
 
 def model_groups(setting: Setting, batch: int, size: int, names: Sequence[str], training: bool) -> Groups:
-    """Models beside timm's ResNet-50, which never runs compiled; ours also in plain formulations."""
+    """Models beside the first, which never runs compiled; ours also in plain formulations."""
     def runs() -> dict[str, Callable[[], Any]]:
         result: dict[str, Callable[[], Any]] = {}
         contiguous = Setting(setting.device, setting.dtype, False, False, setting.rounds)
-        result[f'{BASE} eager'] = model_run(contiguous, contiguous.model(BASE), batch, size, training)
-        for name in (BASE, *names):
+        base = names[0]
+        result[f'{base} eager'] = model_run(contiguous, contiguous.model(base), batch, size, training)
+        compared: dict[str, Callable[[], Any]] = {}
+        for name in names:
             model = setting.model(name)
-            ours = any(type(module).__module__.startswith('timm_gsa.layers') for module in model.modules())
+            if name != base or setting.compiled or setting.channels_last:
+                result[name] = model_run(setting, model, batch, size, training)
+            if any(type(module).__module__.startswith('timm_gsa.layers') for module in model.modules()):
+                run = model_run(contiguous, contiguous.model(name), batch, size, training)
+                compared[f'{name} plain'] = plainly(run)
             if name.startswith('san') and has_global_loop(setting.device):
                 single = Setting(setting.device, torch.float32, False, False, setting.rounds)
                 run = model_run(single, single.model(name), batch, size, training)
-                result[f'{name} with the global-memory loop, float32'] = with_global_loop(run)
-            if ours:
-                result[f'{name} plain'] = plainly(model_run(contiguous, contiguous.model(name), batch, size, training))
-            if name != BASE or setting.compiled or setting.channels_last:
-                result[name] = model_run(setting, model, batch, size, training)
+                compared[f'{name} with the global-memory loop, float32'] = with_global_loop(run)
+        result |= compared  # last, as they may take the time or memory that there is
         return result
 
     return {f'{"training step" if training else "inference"}, {size} px, batch {batch}': runs}
@@ -437,7 +441,7 @@ def scaling_groups(setting: Setting, batch: int, sizes: Sequence[int], names: Se
     """Inference over the size of the images; models that are tied to a size are built for it."""
     def runs(size: int) -> dict[str, Callable[[], Any]]:
         result = {}
-        for name in (BASE, *names):
+        for name in names:
             tied = {'img_size': size} if name.startswith(('gsa', 'botnet', 'lambda')) else {}
             result[name] = model_run(setting, setting.model(name, **tied), batch, size, False)
         return result
@@ -522,7 +526,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=(__doc__ or '').partition('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('what', choices=('operations', 'inference', 'training', 'scaling', 'profile'))
-    parser.add_argument('--models', nargs='+', default=list(OURS + PEERS), help='beside resnet50')
+    parser.add_argument('--models', nargs='+', default=list(OURS + PEERS), help='of ours and others')
+    parser.add_argument('--base', default=BASE, help='model that the others are related to')
     parser.add_argument('--only', metavar='TEXT', default='', help='groups with this text in their name')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--dtype', choices=DTYPES, default='float32')
@@ -551,9 +556,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.what == 'operations':
         groups = operation_groups(setting, args.batch_size)
     elif args.what == 'scaling':
-        groups = scaling_groups(setting, args.batch_size, args.img_sizes, args.models)
+        groups = scaling_groups(setting, args.batch_size, args.img_sizes, (args.base, *args.models))
     else:
-        groups = model_groups(setting, args.batch_size, args.img_size, args.models, args.what == 'training')
+        models = args.base, *args.models
+        groups = model_groups(setting, args.batch_size, args.img_size, models, args.what == 'training')
     groups = {name: group for name, group in groups.items() if args.only in name}
     if not groups:
         parser.error(f'argument --only: no group has {args.only!r} in its name')
