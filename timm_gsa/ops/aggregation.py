@@ -41,9 +41,7 @@ def aggregation(value: torch.Tensor, weight: torch.Tensor, kernel_size: int, dil
     padding = same_padding(kernel_size, dilation)
     if not torch.jit.is_scripting():
         if _triton_serves(value, weight, padding):
-            from ._aggregation_triton import fused_aggregation
-
-            return fused_aggregation(value, weight, kernel_size, dilation)
+            return _by_triton(value, weight, kernel_size, dilation)
     padded = reflect_pad(value, padding)
     weight = weight.to(value.dtype)
     if torch.jit.is_scripting() or torch.jit.is_tracing():
@@ -89,6 +87,13 @@ def _triton_serves(value: torch.Tensor, weight: torch.Tensor, padding: int) -> b
         and not torch.jit.is_tracing()
         and _runs_triton(value.device)
     )
+
+
+@torch.jit.unused
+def _by_triton(value: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
+    from ._aggregation_triton import fused_aggregation  # imports Triton
+
+    return fused_aggregation(value, weight, kernel_size, dilation)
 
 
 @torch.compiler.assume_constant_result
