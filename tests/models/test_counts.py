@@ -90,11 +90,8 @@ def test_gsa_resnet_counts_with_100_classes(name, expected_parameters, gflops):
     ('gsa_resnet50', 16_186_484, 2.182),
     ('gsa_resnet101', 28_518_964, 3.805),
 ])
-def test_gsa_resnet_counts_on_32_px_with_a_stem_that_keeps_the_size(name, expected_parameters, gflops):
-    """With no stride before stage 1, tables for 128 px are those of 32 x 32 maps."""
-    model = create(name, num_classes=100, img_size=128)
-    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False, device='meta')
-    model.maxpool = nn.Identity()
+def test_gsa_resnet_counts_on_32_px_with_the_small_stem(name, expected_parameters, gflops):
+    model = create(name, num_classes=100, stem_type='small')
     assert parameters(model) == expected_parameters
     assert round(flops(model, 32) / 1e9, 3) == gflops
 

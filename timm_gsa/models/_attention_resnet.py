@@ -7,6 +7,8 @@ import torch.nn as nn
 from timm.layers import get_norm_layer
 from timm.models.resnet import Bottleneck, ResNet, downsample_conv
 
+from ._zoo import SMALL_STEM, check_stem
+
 __all__ = ['AttentionResNet']
 
 
@@ -16,15 +18,41 @@ class AttentionResNet(ResNet):
     Stem, head, shortcuts, feature taps and everything else are those of the installed timm; so are the parameter
     names. The layer replaced is `conv2` of a Bottleneck and `conv1` of a BasicBlock.
 
+    `stem_type` may also be 'small', for images of about 32 px: one 3x3 convolution of stride 1 and no pool, so that
+    stages 1 to 4 stand at strides 1, 2, 4, 8 to the image. Ours; none of the papers is known to have it.
+
     Raises:
-        ValueError: `output_stride` is neither 8, 16 nor 32.
+        ValueError: `stem_type` is neither '', 'deep', 'deep_tiered' nor 'small', `output_stride` is none that the stem
+            allows (8, 16 or 32, with the small one also 2 or 4), or a pool is asked for that the small one has not.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        output_stride = kwargs.get('output_stride', 32)
-        if output_stride not in (8, 16, 32):  # timm's ResNet only asserts it, without a word
-            raise ValueError(f'output_stride must be 8, 16 or 32, got {output_stride}')
+        stem_type, output_stride = kwargs.get('stem_type', ''), kwargs.get('output_stride', 32)
+        check_stem(stem_type, output_stride, ('', 'deep', 'deep_tiered', SMALL_STEM))
+        stem_stride = 4
+        if stem_type == SMALL_STEM:
+            if kwargs.get('replace_stem_pool'):
+                raise ValueError(f'replace_stem_pool must be False with stem_type {SMALL_STEM!r}, which has no pool')
+            # The strides that timm builds are those to the stem's output, times its own stem's 4.
+            kwargs.update(stem_type='', output_stride=min(4 * output_stride, 32))
+            stem_stride = 1
         super().__init__(*args, **kwargs)
+        self._stem_stride = stem_stride
+        if stem_type == SMALL_STEM:
+            weight = self.get_parameter('conv1.weight')
+            self.conv1 = nn.Conv2d(
+                weight.shape[1],
+                weight.shape[0],
+                kernel_size=3,
+                padding=1,
+                bias=False,
+                device=weight.device,
+                dtype=weight.dtype,
+            )
+            nn.init.kaiming_normal_(self.conv1.weight, mode='fan_out', nonlinearity='relu')
+            self.maxpool = nn.Identity()
+            for feature in self.feature_info:
+                feature['reduction'] = max(feature['reduction'] // 4, 1)
         for stage in range(2, 5):
             block = getattr(self, f'layer{stage}')[0]
             if block.downsample is None:
@@ -56,10 +84,10 @@ class AttentionResNet(ResNet):
         """
         if not set(stages) <= {1, 2, 3, 4}:
             raise ValueError(f'attn_stages must be numbers from 1 to 4, got {tuple(stages)}')
-        reduction = 4
+        reduction = self._stem_stride
         for stage in range(1, 5):
             blocks = getattr(self, f'layer{stage}')
-            dilation = 2 ** (stage + 1) // (reduction * blocks[0].stride)
+            dilation = self._stem_stride * 2 ** (stage - 1) // (reduction * blocks[0].stride)
             for block in blocks:
                 name = 'conv2' if isinstance(block, Bottleneck) else 'conv1'
                 conv = getattr(block, name)

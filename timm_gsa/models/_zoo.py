@@ -10,7 +10,10 @@ from timm.models._builder import _resolve_pretrained_source, resolve_pretrained_
 from ._cifar100 import CIFAR100_LABELS, CIFAR100_MEAN, CIFAR100_STD
 from ._weights import checked, fetch_weights, hub_id
 
-__all__ = ['cifar100_cfg', 'create_from_zoo', 'default_cfg', 'zoo_cfgs']
+__all__ = ['SMALL_STEM', 'SMALL_STEM_SIZE', 'cifar100_cfg', 'check_stem', 'create_from_zoo', 'default_cfg', 'zoo_cfgs']
+
+SMALL_STEM = 'small'  # `stem_type` of every family that leaves the first two halvings out
+SMALL_STEM_SIZE = 32  # side of the images that it is meant for
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
 
@@ -39,6 +42,16 @@ def cifar100_cfg(name: str, **kwargs: Any) -> dict[str, Any]:
         mean=CIFAR100_MEAN, std=CIFAR100_STD, label_names=CIFAR100_LABELS,
         **kwargs,
     )
+
+
+def check_stem(stem_type: str, output_stride: int, stem_types: tuple[str, ...]) -> None:
+    """Raises ValueError for a stem that a family has not, or an output stride that the stem does not allow."""
+    if stem_type not in stem_types:
+        raise ValueError(f'stem_type must be one of {", ".join(map(repr, stem_types))}, got {stem_type!r}')
+    strides = (2, 4, 8, 16, 32) if stem_type == SMALL_STEM else (8, 16, 32)
+    if output_stride not in strides:  # timm's ResNet only asserts it, without a word
+        allowed = f'{", ".join(map(str, strides[:-1]))} or {strides[-1]}'
+        raise ValueError(f'output_stride must be {allowed}, got {output_stride}')
 
 
 def zoo_cfgs(cfgs: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -84,5 +97,11 @@ def create_from_zoo(
             checked_id = fetch_weights(cfg.hf_hub_id, variant, cfg.hf_hub_filename, kwargs.get('cache_dir'))
             # timm looks the weights up once more: let it find those that were checked, whatever the Hub has by then.
             kwargs['pretrained_cfg_overlay'] = {**(kwargs.get('pretrained_cfg_overlay') or {}), 'hf_hub_id': checked_id}
+    overlay = kwargs.get('pretrained_cfg_overlay') or {}
+    registered = resolve_pretrained_cfg(variant, pretrained_cfg=kwargs.get('pretrained_cfg'))
+    if kwargs.get('stem_type') == SMALL_STEM and not registered.has_weights:
+        # Without weights the config only says what the network is made for, which is the stem's business.
+        size = dict(input_size=(3, SMALL_STEM_SIZE, SMALL_STEM_SIZE), pool_size=(SMALL_STEM_SIZE // 8,) * 2)
+        kwargs['pretrained_cfg_overlay'] = {**size, **overlay}
     filter_fn = checked(kwargs.pop('pretrained_filter_fn', None))
     return build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=filter_fn, **kwargs)

@@ -9,7 +9,8 @@ This is a reconstruction: the body of the paper could not be read and no code of
   believed to be the paper's (14.2 M; 18.1 M and 7.2 GFLOPs; 30.4 M and 12.2 GFLOPs, two FLOPs to a multiply-add).
 * From the paper's Figure 1: two parallel branches that are summed, the column step before the row step, a norm between.
 * Our choice: no bias or norm on query, key and value, 8 heads sharing one table a layer, initialisation, average pool
-  before the norm in blocks that halve the map, 1x1 stride-2 shortcut, resampling of tables, and the tiny network.
+  before the norm in blocks that halve the map, 1x1 stride-2 shortcut, resampling of tables, the stem for small images,
+  and the tiny network.
 """
 from typing import Any
 
@@ -20,7 +21,7 @@ from timm.models.resnet import Bottleneck
 
 from ..layers import GlobalSelfAttention
 from ._attention_resnet import AttentionResNet
-from ._zoo import cifar100_cfg, create_from_zoo, default_cfg, zoo_cfgs
+from ._zoo import SMALL_STEM, SMALL_STEM_SIZE, cifar100_cfg, create_from_zoo, default_cfg, zoo_cfgs
 
 __all__ = ['GSAResNet']
 
@@ -36,8 +37,9 @@ class GSAResNet(AttentionResNet):
         *args: Positional arguments of timm's ResNet.
         num_heads: Attention heads of every layer.
         attn_stages: Stages that use attention, of 1 to 4; the others keep their convolutions.
-        img_size: Height and width of the images that position tables are built for.
-        **kwargs: Keyword arguments of timm's ResNet.
+        img_size: Height and width of the images that position tables are built for; where None 224, with the small
+            stem 32.
+        **kwargs: Keyword arguments of timm's ResNet; its `stem_type` may also be 'small'.
     """
 
     def __init__(
@@ -45,10 +47,12 @@ class GSAResNet(AttentionResNet):
             *args: Any,
             num_heads: int = 8,
             attn_stages: tuple[int, ...] = (1, 2, 3, 4),
-            img_size: int | tuple[int, int] = 224,
+            img_size: int | tuple[int, int] | None = None,
             **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if img_size is None:
+            img_size = SMALL_STEM_SIZE if kwargs.get('stem_type') == SMALL_STEM else 224
 
         def attention(conv: nn.Conv2d, reduction: int, dilation: int) -> nn.Module:
             if conv.groups != 1 or conv.in_channels != conv.out_channels:

@@ -10,8 +10,8 @@ paper's text could not be read and no code of the authors was found.
 * Verified by arithmetic: depth 152 has 57.656 M parameters, 6.4 % fewer than the attention-augmented ResNet-152, and
   22.19 GFLOPs with the dense map in that paper's counting, 6.7 % fewer.
 * Our choice: one radius for each layer with initial value 1.0, distances in cells, average pool before the value
-  projection in layers that halve the map, share and place of attention in the basic blocks of depths 18 and 34, and
-  the tiny network.
+  projection in layers that halve the map, share and place of attention in the basic blocks of depths 18 and 34, the
+  stem for small images, and the tiny network.
 """
 from typing import Any
 
@@ -36,7 +36,7 @@ class PriorAttentionResNet(AttentionResNet):
         *args: Positional arguments of timm's ResNet.
         attn_ratio: Share of the channels of a replaced convolution that come from attention.
         attn_stages: Stages that use attention, of 1 to 4.
-        **kwargs: Keyword arguments of timm's ResNet.
+        **kwargs: Keyword arguments of timm's ResNet; its `stem_type` may also be 'small'.
     """
 
     def __init__(

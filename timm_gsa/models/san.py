@@ -5,8 +5,8 @@ https://arxiv.org/abs/2004.13621, official code https://github.com/hszhao/SAN (M
 
 Verified against the authors' code in float64: operations, attention modules and whole networks, outputs, gradients and
 running statistics; all six parameter counts and costs. The authors' checkpoints load under their own names. Our choice:
-maps smaller than reflection allows, `output_stride` (the authors' networks have none), stochastic depth and the tiny
-networks.
+maps smaller than reflection allows, `output_stride` (the authors' networks have none), stochastic depth, the form for
+small images and the tiny networks.
 """
 import re
 from collections import OrderedDict
@@ -22,7 +22,7 @@ from timm.models.resnet import Bottleneck, ResNet
 
 from ..layers import PairwiseAttention, PatchwiseAttention
 from ..ops._paths import inference_on_cpu
-from ._zoo import cifar100_cfg, create_from_zoo, default_cfg, zoo_cfgs
+from ._zoo import SMALL_STEM, check_stem, cifar100_cfg, create_from_zoo, default_cfg, zoo_cfgs
 
 __all__ = ['SAN', 'SANBlock', 'checkpoint_filter_fn']
 
@@ -101,7 +101,9 @@ class SAN(ResNet):
     The authors' stem and stage 0 (up to its 1x1 convolution and blocks) are `conv1`, their norm `bn1`; the pool of
     stage 1 is `maxpool`; stages 1 to 4 are `layer1` to `layer4`, each pool, conv, blocks, norm and activation.
     Features have strides 2, 4, 8, 16, 32. From the stage on where `output_stride` is reached, pools are left out and
-    neighbourhoods dilated instead.
+    neighbourhoods dilated instead. The small stem leaves the pools of stages 0 and 1 out, so that features have strides
+    1, 1, 2, 4, 8, and dilates nothing for that: on 32 px the last maps, of 4 pixels, are the smallest in which a 7 x 7
+    neighbourhood is reflected. The first convolution is 1x1 at full resolution either way.
 
     Args:
         layers: Blocks of stages 0 to 4.
@@ -110,7 +112,8 @@ class SAN(ResNet):
         channels: Channels of stages 0 to 4, multiples of 32.
         num_classes: Classes; 0 leaves the classifier out.
         in_chans: Channels of the image.
-        output_stride: Stride of the last stage, 8, 16 or 32.
+        output_stride: Stride of the last stage at most, 8, 16 or 32; with the small stem also 2 or 4.
+        stem_type: '', or 'small' for images of about 32 px.
         global_pool: Type of global pooling.
         act_layer: Activation layer.
         norm_layer: Norm layer.
@@ -118,7 +121,7 @@ class SAN(ResNet):
         drop_path_rate: Stochastic depth, rising linearly to this rate at the last block.
 
     Raises:
-        ValueError: `attn_type`, `output_stride` or the length of a per-stage argument is not as above.
+        ValueError: `attn_type`, `stem_type`, `output_stride` or the length of a per-stage argument is not as above.
     """
 
     def __init__(
@@ -130,6 +133,7 @@ class SAN(ResNet):
             num_classes: int = 1000,
             in_chans: int = 3,
             output_stride: int = 32,
+            stem_type: str = '',
             global_pool: str = 'avg',
             act_layer: LayerType = nn.ReLU,
             norm_layer: LayerType = nn.BatchNorm2d,
@@ -140,8 +144,7 @@ class SAN(ResNet):
     ) -> None:
         if attn_type not in _ATTENTION:
             raise ValueError(f"attn_type must be 'pairwise' or 'patchwise', got {attn_type!r}")
-        if output_stride not in (8, 16, 32):
-            raise ValueError(f'output_stride must be 8, 16 or 32, got {output_stride}')
+        check_stem(stem_type, output_stride, ('', SMALL_STEM))
         for name, value in (('layers', layers), ('kernel_sizes', kernel_sizes), ('channels', channels)):
             if len(value) != 5:
                 raise ValueError(f'{name} must have one number for each of the 5 stages, got {tuple(value)}')
@@ -153,7 +156,6 @@ class SAN(ResNet):
             (0, 0, 0, 0),
             num_classes=num_classes,
             in_chans=in_chans,
-            output_stride=output_stride,
             global_pool=global_pool,
             channels=tuple(c // Bottleneck.expansion for c in channels[1:]),
             norm_layer=norm_layer,
@@ -170,12 +172,13 @@ class SAN(ResNet):
         ))
         self.bn1 = norm_layer(stem, **dd)
         self.act1 = act_layer(inplace=True)
-        self.maxpool = HalvingMaxPool()
-        self.feature_info = [dict(num_chs=stem, reduction=2, module='act1')]
-        stride, dilation, previous = 2, 1, stem
+        pooled_from = 2 if stem_type == SMALL_STEM else 0  # first stage with a pool
+        self.maxpool = HalvingMaxPool() if pooled_from == 0 else nn.Identity()
+        stride, dilation, previous = (2 if pooled_from == 0 else 1), 1, stem
+        self.feature_info = [dict(num_chs=stem, reduction=stride, module='act1')]
         for stage, (dim, depth, kernel_size) in enumerate(zip(channels, layers, kernel_sizes, strict=True)):
-            pool: nn.Module = HalvingMaxPool()
-            if stage > 0:
+            pool: nn.Module = HalvingMaxPool() if stage >= pooled_from else nn.Identity()
+            if stage > 0 and stage >= pooled_from:
                 if stride >= output_stride:
                     dilation *= 2
                     pool = nn.Identity()
