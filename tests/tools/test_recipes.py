@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import pytest
@@ -197,14 +197,16 @@ def test_costs_in_the_readme_follow_from_multiply_adds():
 def test_runs_of_a_comparison_differ_in_the_network_alone(path):
     plan = Plan.of(path)
     assert len(plan.seeds) == 3
+    parser = ArgumentParser()
+    parser.add_argument('--config')
+    parser.add_argument('--model')
+    parser.add_argument('--model-kwargs', nargs='*')
     seen, settings = [], []
     for arguments in plan.runs.values():
-        given = dict(zip(arguments[::2], arguments[1::2], strict=True))
-        recipe = yaml.safe_load((ROOT / given.pop('--config')).read_text())
-        model = given.pop('--model', None) or recipe['model']
-        kwargs = given.pop('--model-kwargs', None) or recipe.get('model_kwargs')
-        seen.append((model, str(kwargs)))
-        settings.append([given, {k: v for k, v in recipe.items() if k not in ('model', 'model_kwargs')}])
+        given, others = parser.parse_known_args(arguments)
+        recipe = yaml.safe_load((ROOT / given.config).read_text())
+        seen.append((given.model or recipe['model'], str(given.model_kwargs or recipe.get('model_kwargs'))))
+        settings.append([others, {k: v for k, v in recipe.items() if k not in ('model', 'model_kwargs')}])
     assert len(set(seen)) == len(seen)
     assert all(each == settings[0] for each in settings)
 
