@@ -1,4 +1,5 @@
 """The tool that compares runs of train.py: what it takes from their folders, and the table and picture it makes."""
+import importlib.util
 import json
 
 import compare_runs
@@ -49,8 +50,8 @@ def test_runs_of_one_network_are_one_row_with_mean_and_spread(run, tmp_path, cap
         run('resnet26-seed1', [10, 20, 54], seed=1, **RESNET),
         run('resnet26-seed2', [10, 60, 52], seed=2, **RESNET),
     ]
-    report, picture = tmp_path / 'figures.json', tmp_path / 'curves.png'
-    assert compare_runs.main([*map(str, folders), '--json', str(report), '--plot', str(picture)]) == 0
+    report = tmp_path / 'figures.json'
+    assert compare_runs.main([*map(str, folders), '--json', str(report)]) == 0
     output = capsys.readouterr().out
     resnet = timm.create_model('gsa_resnet26', num_classes=10, device='meta', **RESNET['model_kwargs'])
     parameters = sum(parameter.numel() for parameter in resnet.parameters())
@@ -65,7 +66,17 @@ def test_runs_of_one_network_are_one_row_with_mean_and_spread(run, tmp_path, cap
     assert groups[0]['deviation'] == pytest.approx(2.) and groups[1]['deviation'] is None
     assert [each['seed'] for each in groups[0]['runs']] == [0, 1, 2]
     assert groups[0]['runs'][2]['curve'] == {'0': 10., '1': 60., '2': 52.}
-    assert Image.open(picture).format == 'PNG'
+
+
+@pytest.mark.interop
+@pytest.mark.skipif(importlib.util.find_spec('matplotlib') is None, reason='the picture needs matplotlib')
+def test_curves_are_drawn(run, tmp_path):
+    folders = [
+        run('a-seed0', [10, 20], **RESNET), run('a-seed1', [15, 25], seed=1, **RESNET), run('b-seed0', [3], **TINY)]
+    picture = tmp_path / 'curves.png'
+    assert compare_runs.main([*map(str, folders), '--plot', str(picture)]) == 0
+    with Image.open(picture) as drawn:
+        assert drawn.width > 600 and len(drawn.getcolors(1 << 24)) > 10
 
 
 def test_multiply_adds_are_those_of_the_size_trained_at(run, capsys):
