@@ -86,7 +86,7 @@ def train(folder: Path, arguments: Sequence[str], seconds: float) -> int | None:
     with (folder / 'train.log').open('ab') as log:
         log.write(f'$ {shlex.join(command)}\n'.encode())
         log.flush()
-        # A session of its own, so that the workers that read images are stopped with it.
+        # A process group of its own, so that the workers that read images are stopped with it.
         process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
