@@ -1,7 +1,8 @@
-"""Training on several processes: DistributedDataParallel over gloo, and the conversion to synchronised batch norms.
+"""Training on several processes: DistributedDataParallel and FSDP2 over gloo, and synchronised batch norms.
 
 Run as a script, `test_distributed.py FOLDER RANK`, this file is one process of the group.
 """
+import inspect
 import os
 import subprocess
 import sys
@@ -11,17 +12,31 @@ import pytest
 import timm
 import torch
 from timm.layers import convert_sync_batchnorm
+from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
+from torch.distributed import fsdp
 
 import timm_gsa
+from timm_gsa.models.san import SANBlock
 
 WORLD = 2
+BLOCKS = (BasicBlock, Bottleneck, SANBlock)
+# torch 2.5 has `fully_shard` elsewhere, torch 2.6 cannot leave a parameter out.
+HAS_FSDP2 = 'ignored_params' in inspect.signature(getattr(fsdp, 'fully_shard', print)).parameters
+
+
+def whole(tensor):
+    """A copy of all of a tensor, wherever its shards are."""
+    return (tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor).detach().clone()
 
 
 def step(model, optimizer, x, target):
     optimizer.zero_grad()
     nn.functional.cross_entropy(model(x), target).backward()
-    grads = {key.removeprefix('module.'): None if p.grad is None else p.grad.clone()
+    if isinstance(model, getattr(fsdp, 'FSDPModule', ())):
+        for parameter in scalars(model):
+            torch.distributed.all_reduce(parameter.grad.div_(WORLD))
+    grads = {key.removeprefix('module.'): None if p.grad is None else whole(p.grad)
              for key, p in model.named_parameters()}
     optimizer.step()
     return grads
@@ -35,6 +50,19 @@ def train(model, x, target):
     return grads
 
 
+def scalars(model):
+    """Parameters without an axis to shard, which `fully_shard` refuses: the radii of prior attention."""
+    return [parameter for parameter in model.parameters() if parameter.dim() == 0]
+
+
+def shard(model):
+    """The model with each residual block, and what is left, sharded over all processes."""
+    mesh = torch.distributed.device_mesh.init_device_mesh('cpu', (WORLD,))
+    for module in [*(module for module in model.modules() if isinstance(module, BLOCKS)), model]:
+        fsdp.fully_shard(module, mesh=mesh, ignored_params={*scalars(model)})
+    return model
+
+
 def worker(folder, rank):
     """One process: trains on its share of the batch what it finds in the folder, and leaves its results there."""
     os.environ['GLOO_SOCKET_IFNAME'] = 'lo' if sys.platform == 'linux' else 'lo0'
@@ -42,12 +70,20 @@ def worker(folder, rank):
     torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=WORLD)
     for path in sorted(folder.glob('*.job')):
         job = torch.load(path, weights_only=True)
+        x, target = (job[name].chunk(WORLD)[rank] for name in ('x', 'target'))
         model = timm.create_model(**job['arguments'], dtype=torch.float64)
         if rank == 0:
             model.load_state_dict(job['state_dict'])  # the others get it from here
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=False)
-        grads = train(parallel, job['x'].chunk(WORLD)[rank], job['target'].chunk(WORLD)[rank])
-        torch.save(dict(grads=grads, state_dict=model.state_dict()), path.with_suffix(f'.{rank}'))
+        result = dict(ddp=dict(grads=train(parallel, x, target), state_dict=model.state_dict()))
+        if HAS_FSDP2:
+            model = timm.create_model(**job['arguments'], dtype=torch.float64)
+            model.load_state_dict(job['state_dict'])
+            grads = train(shard(model), x, target)
+            shares = [p.to_local().numel() / p.numel() for p in model.parameters() if p.dim() > 0]
+            state_dict = {key: whole(tensor) for key, tensor in model.state_dict().items()}
+            result['fsdp'] = dict(grads=grads, state_dict=state_dict, shares=shares)
+        torch.save(result, path.with_suffix(f'.{rank}'))
     torch.distributed.destroy_process_group()
 
 
@@ -86,19 +122,37 @@ def trained(families, create, tmp_path_factory):
     }
 
 
-def test_gradients_are_those_of_the_joined_batch(name, trained):
+@pytest.fixture(params=['ddp', 'fsdp'])
+def kind(request):
+    """What the training ran in."""
+    if request.param == 'fsdp' and not HAS_FSDP2:
+        pytest.skip(f'fully_shard of torch {torch.__version__} takes no ignored_params')
+    return request.param
+
+
+def test_gradients_are_those_of_the_joined_batch(name, trained, kind):
     alone, ranks = trained[name]
     for rank in ranks:
-        assert [key for key, grad in rank['grads'].items() if grad is None] == []
+        grads = rank[kind]['grads']
+        assert [key for key, grad in grads.items() if grad is None] == []
         for key, grad in alone['grads'].items():
-            torch.testing.assert_close(rank['grads'][key], grad, msg=lambda text, key=key: f'{key}: {text}')
+            torch.testing.assert_close(grads[key], grad, msg=lambda text, key=key: f'{key}: {text}')
 
 
-def test_processes_stay_equal(name, trained):
-    alone, ranks = trained[name]
+def test_processes_stay_equal(name, trained, kind):
+    alone, (first, second) = trained[name]
     for key, tensor in alone['state_dict'].items():
-        assert torch.equal(ranks[0]['state_dict'][key], ranks[1]['state_dict'][key]), key
-        torch.testing.assert_close(ranks[0]['state_dict'][key], tensor, msg=lambda text, key=key: f'{key}: {text}')
+        assert torch.equal(first[kind]['state_dict'][key], second[kind]['state_dict'][key]), key
+        torch.testing.assert_close(
+            first[kind]['state_dict'][key], tensor, msg=lambda text, key=key: f'{key}: {text}')
+
+
+def test_each_process_holds_its_share(name, trained):
+    """Of every parameter: `fully_shard` reached all blocks, and what is outside of them."""
+    if not HAS_FSDP2:
+        pytest.skip(f'fully_shard of torch {torch.__version__} takes no ignored_params')
+    for share, other in zip(*(rank['fsdp']['shares'] for rank in trained[name][1]), strict=True):
+        assert share + other == 1. and (share, other) != (0., 1.)
 
 
 @pytest.mark.parametrize(
