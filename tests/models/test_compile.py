@@ -3,13 +3,27 @@ import shutil
 
 import pytest
 import torch
+from timm.models.resnet import Bottleneck
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+
+from timm_gsa.models.san import SANBlock
+
+# Inductor takes seconds for a layer of attention: one of each kind.
+LESS = {
+    'gsa_resnet_tiny': dict(attn_stages=(4,)),
+    'san_tiny_pairwise': dict(layers=(0, 1, 0, 0, 0)),
+    'san_tiny_patchwise': dict(layers=(0, 1, 0, 0, 0)),
+    'priorattn_resnet_tiny': dict(attn_stages=(4,)),
+}
+# Depth of networks and the different blocks they have: in a ResNet the first of a stage and all others.
+DEEP = {'gsa_resnet50': (16, 8), 'san19_pairwise': (19, 5), 'san19_patchwise': (19, 5), 'priorattn_resnet50': (16, 8)}
 
 
 @pytest.fixture(autouse=True)
 def forget_compiled_code():
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
 
@@ -42,7 +56,6 @@ def test_one_graph_in_training_under_autocast(name, create):
 
 
 def test_nothing_breaks_the_graph(ours, create):
-    torch._dynamo.utils.counters.clear()
     explained = torch._dynamo.explain(create(ours).train())(torch.randn(2, 3, 64, 64))
     assert (explained.graph_count, explained.graph_break_count, explained.break_reasons) == (1, 0, [])
 
@@ -72,6 +85,71 @@ def test_few_graphs_serve_all_sizes(name, create):
             torch.testing.assert_close(compiled(x), model(x))
             counts.append(counter.frame_count)
     assert counts[-1] <= 3, counts
+
+
+def test_one_dynamic_graph_serves_all_sizes(name, create):
+    """Where height and width differ at first; torch takes them for one number, and compiles anew, where they agree."""
+    model = create(name, device='meta').eval()
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for size in ((2, 96, 80), (3, 128, 96), (5, 64, 64), (2, 97, 145), (4, 160, 160)):
+            compiled(torch.empty(size[0], 3, *size[1:], device='meta'))
+    assert counter.frame_count == 1
+
+
+@pytest.fixture(params=DEEP)
+def deep(request, create):
+    """A network of the papers, with nothing to compute, and the numbers of its blocks and of different ones."""
+    return create(request.param, device='meta').eval(), *DEEP[request.param]
+
+
+def test_deep_network_is_one_graph(deep):
+    """Nothing is left to eager mode, where deep networks compiled piece by piece end at torch's default limit."""
+    counter = CompileCounter()
+    with torch.no_grad():
+        torch.compile(deep[0], backend=counter)(torch.empty(2, 3, 64, 64, device='meta'))
+    assert counter.frame_count == 1
+    frames = torch._dynamo.utils.counters['frames']
+    assert frames['total'] == frames['ok'] == 1
+    assert not torch._dynamo.utils.counters['graph_break']
+
+
+def test_blocks_compiled_one_by_one_share_graphs(deep):
+    """As many graphs as there are different blocks, which torch's default limit allows."""
+    network, depth, different = deep
+    config = torch._dynamo.config
+    blocks = [module for module in network.modules() if isinstance(module, (Bottleneck, SANBlock))]
+    counter = CompileCounter()
+    for block in blocks:
+        block.compile(backend=counter, fullgraph=True)
+    limit = 'fail_on_recompile_limit_hit'  # else all beyond the limit runs in eager mode without a word
+    if not hasattr(config, limit):
+        limit = 'fail_on_cache_limit_hit'  # before torch 2.6
+    with torch.no_grad(), config.patch({limit: True}):
+        network(torch.empty(2, 3, 64, 64, device='meta'))
+    assert (len(blocks), counter.frame_count) == (depth, different)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which('g++'), reason='the CPU code of inductor needs a C++ compiler')
+@pytest.mark.skipif(torch.__version__.startswith('2.5.'), reason='inductor of torch 2.5 fails at its CPU code')
+@pytest.mark.parametrize('ours, mode', [
+    *((name, 'default') for name in LESS),
+    *((name, 'max-autotune') for name in LESS if name != 'san_tiny_pairwise'),  # one kind of SAN, for the time it takes
+])
+def test_inductor_serves_all_sizes(ours, create, mode):
+    """With the results of eager mode and, as the first image is not square, one graph; all maps are even.
+
+    Inductor compiles GSA's pool anew where height or width of a map turn odd.
+    """
+    model = create(ours, num_classes=7, **LESS[ours]).eval()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, mode=mode)
+    with torch.no_grad():
+        for batch, *size in ((2, 96, 128), (3, 128, 96), (2, 160, 128), (2, 192, 64), (4, 64, 160)):
+            x = torch.randn(batch, 3, *size)
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-3, atol=1e-3)
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
 
 
 @pytest.mark.slow

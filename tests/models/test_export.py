@@ -1,8 +1,10 @@
 """Ways out of Python: torch.export, ONNX, TorchScript by script and by trace."""
 import io
+import shutil
 
 import pytest
 import torch
+from torch import nn
 from torch.export import Dim, export
 
 
@@ -43,19 +45,56 @@ def test_exported_program_survives_a_file(model):
     assert_same(model, torch.export.load(file).module(), images(2))
 
 
+class SideBySide(nn.Module):
+    """Several models on the same images: one program, as most of the time to build one is the C++ compiler's start."""
+
+    def __init__(self, *models):
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def forward(self, x):
+        return torch.stack([model(x) for model in self.models])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which('g++'), reason='AOTInductor needs a C++ compiler')
+@pytest.mark.skipif(torch.__version__.startswith('2.5.'), reason='inductor of torch 2.5 fails at its CPU code')
+@pytest.mark.parametrize('names', [
+    ('gsa_resnet_tiny', 'san_tiny_pairwise', 'san_tiny_patchwise'),
+    pytest.param(('priorattn_resnet_tiny',), marks=pytest.mark.xfail(
+        strict=True, reason='AOTInductor cannot square a parameter without an axis')),
+], ids=['gsa and san', 'priorattn'])
+def test_aotinductor_package_serves_all_sizes(names, create, tmp_path):
+    """Made from an image whose maps are odd at all strides.
+
+    AOTInductor takes a pool that rounds up for one that rounds down where all maps it sees at first are even.
+    """
+    less = {name: dict(layers=(0, 1, 0, 0, 0)) if name.startswith('san') else dict(attn_stages=(4,)) for name in names}
+    models = SideBySide(*(create(name, num_classes=7, **less[name]) for name in names)).eval()
+    axes = {axis: Dim.DYNAMIC for axis in (0, 2, 3)}
+    with torch.no_grad():
+        program = export(models, (images(2, 97, 65),), strict=False, dynamic_shapes={'x': axes})
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / 'models.pt2'))
+    assert_same(
+        models, torch._inductor.aoti_load_package(path),
+        images(2, 97, 65), images(1, 64, 64), images(3, 96, 80), images(5, 80, 161))
+
+
 def test_onnx_agrees_with_the_model(model, tmp_path):
-    """By way of torch.export, with the batch left open."""
+    """By way of torch.export, with batch, height and width left open."""
     if torch.__version__.startswith('2.5.'):
         pytest.skip("today's onnxscript and torch 2.5 fail at timm's own ResNet")
     for package in ('onnx', 'onnxscript'):
         pytest.importorskip(package, reason='torch.onnx.export needs it')
     onnxruntime = pytest.importorskip('onnxruntime', reason='runs the exported graph')
     path = tmp_path / 'model.onnx'
-    torch.onnx.export(
-        model, (images(2),), path, dynamo=True, dynamic_shapes={'x': {0: Dim('batch', min=1, max=64)}}, verbose=False)
+    axes = {axis: Dim.DYNAMIC for axis in (0, 2, 3)}
+    torch.onnx.export(model, (images(2),), path, dynamo=True, dynamic_shapes={'x': axes}, verbose=False)
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
     [name] = [one.name for one in session.get_inputs()]
-    assert_same(model, lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0]), images(2), images(5))
+    assert_same(
+        model, lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0]),
+        *(images(batch, *size) for batch in (2, 5) for size in ((64, 64), (96, 80))))
 
 
 def test_script_runs_at_every_size(model):
