@@ -2,7 +2,6 @@
 
 Run as a script, `test_distributed.py FOLDER RANK`, this file is one process of the group.
 """
-import inspect
 import os
 import subprocess
 import sys
@@ -21,8 +20,7 @@ from timm_gsa.models.san import SANBlock
 
 WORLD = 2
 BLOCKS = (BasicBlock, Bottleneck, SANBlock)
-# torch 2.5 has `fully_shard` elsewhere, torch 2.6 cannot leave a parameter out.
-HAS_FSDP2 = 'ignored_params' in inspect.signature(getattr(fsdp, 'fully_shard', print)).parameters
+HAS_FSDP2 = hasattr(fsdp, 'fully_shard')  # torch 2.5 has it elsewhere
 
 
 def whole(tensor):
@@ -33,9 +31,6 @@ def whole(tensor):
 def step(model, optimizer, x, target):
     optimizer.zero_grad()
     nn.functional.cross_entropy(model(x), target).backward()
-    if isinstance(model, getattr(fsdp, 'FSDPModule', ())):
-        for parameter in scalars(model):
-            torch.distributed.all_reduce(parameter.grad.div_(WORLD))
     grads = {key.removeprefix('module.'): None if p.grad is None else whole(p.grad)
              for key, p in model.named_parameters()}
     optimizer.step()
@@ -50,16 +45,11 @@ def train(model, x, target):
     return grads
 
 
-def scalars(model):
-    """Parameters without an axis to shard, which `fully_shard` refuses: the radii of prior attention."""
-    return [parameter for parameter in model.parameters() if parameter.dim() == 0]
-
-
 def shard(model):
     """The model with each residual block, and what is left, sharded over all processes."""
     mesh = torch.distributed.device_mesh.init_device_mesh('cpu', (WORLD,))
     for module in [*(module for module in model.modules() if isinstance(module, BLOCKS)), model]:
-        fsdp.fully_shard(module, mesh=mesh, ignored_params={*scalars(model)})
+        fsdp.fully_shard(module, mesh=mesh)
     return model
 
 
@@ -80,7 +70,7 @@ def worker(folder, rank):
             model = timm.create_model(**job['arguments'], dtype=torch.float64)
             model.load_state_dict(job['state_dict'])
             grads = train(shard(model), x, target)
-            shares = [p.to_local().numel() / p.numel() for p in model.parameters() if p.dim() > 0]
+            shares = [p.to_local().numel() / p.numel() for p in model.parameters()]
             state_dict = {key: whole(tensor) for key, tensor in model.state_dict().items()}
             result['fsdp'] = dict(grads=grads, state_dict=state_dict, shares=shares)
         torch.save(result, path.with_suffix(f'.{rank}'))
@@ -126,7 +116,7 @@ def trained(families, create, tmp_path_factory):
 def kind(request):
     """What the training ran in."""
     if request.param == 'fsdp' and not HAS_FSDP2:
-        pytest.skip(f'fully_shard of torch {torch.__version__} takes no ignored_params')
+        pytest.skip(f'fully_shard of torch {torch.__version__} has it elsewhere')
     return request.param
 
 
@@ -150,7 +140,7 @@ def test_processes_stay_equal(name, trained, kind):
 def test_each_process_holds_its_share(name, trained):
     """Of every parameter: `fully_shard` reached all blocks, and what is outside of them."""
     if not HAS_FSDP2:
-        pytest.skip(f'fully_shard of torch {torch.__version__} takes no ignored_params')
+        pytest.skip(f'fully_shard of torch {torch.__version__} has it elsewhere')
     for share, other in zip(*(rank['fsdp']['shares'] for rank in trained[name][1]), strict=True):
         assert share + other == 1. and (share, other) != (0., 1.)
 

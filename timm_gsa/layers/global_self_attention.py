@@ -139,5 +139,18 @@ class GlobalSelfAttention(nn.Module):
         rel_w = resize_relative_table(self.rel_w, width).to(query.dtype)
         out = self._attend(query, key, value, rel_h, rel_w).reshape(batch, self.dim, height, width)
         if self.stride == 2:
-            out = F.avg_pool2d(out, 2, 2, ceil_mode=True, count_include_pad=False)
+            out = _halved(out)
         return out
+
+
+def _halved(x: torch.Tensor) -> torch.Tensor:
+    """Average pool over 2 x 2 positions; the last windows of odd maps average what they cover."""
+    if not torch.jit.is_scripting():
+        if torch.compiler.is_compiling():
+            # Inductor compiles a pool that rounds up anew for odd and even maps, and AOTInductor takes them for alike.
+            for axis in (-2, -1):
+                first = 2 * torch.arange((x.shape[axis] + 1) // 2, device=x.device)
+                second = (first + 1).clamp(max=x.shape[axis] - 1)
+                x = (x.index_select(axis, first) + x.index_select(axis, second)) / 2
+            return x
+    return F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)

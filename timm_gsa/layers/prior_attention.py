@@ -39,7 +39,7 @@ class PriorAttention(nn.Module):
 
     Shape:
         Input (B, dim, H, W); output (B, dim_out, ceil(H / stride), ceil(W / stride)). Parameters: `conv` 3 x 3 to the
-        remaining channels, `value` 1 x 1 to the attended channels, `proj` 1 x 1 among them, `radius` a scalar.
+        remaining channels, `value` 1 x 1 to the attended channels, `proj` 1 x 1 among them, `radius` (1,).
 
     Raises:
         ValueError: `stride` is neither 1 nor 2, a dilation is smaller than 1, `radius` is not positive, or `ratio`
@@ -87,7 +87,7 @@ class PriorAttention(nn.Module):
         )
         self.value = nn.Conv2d(dim, attended, kernel_size=1, bias=False, **dd)
         self.proj = nn.Conv2d(attended, attended, kernel_size=1, bias=False, **dd)
-        self.radius = nn.Parameter(torch.empty((), **dd))
+        self.radius = nn.Parameter(torch.empty(1, **dd))  # with an axis, along which FSDP shards
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -95,6 +95,12 @@ class PriorAttention(nn.Module):
         for conv in (self.conv, self.value, self.proj):
             nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
         nn.init.constant_(self.radius, self.init_radius)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        radius = state_dict.get(prefix + 'radius')
+        if radius is not None and radius.ndim == 0:  # of weights published before it had an axis
+            state_dict[prefix + 'radius'] = radius.reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
         """Values of the attention branch, (B, attended channels, ceil(H / stride), ceil(W / stride))."""

@@ -13,7 +13,7 @@ def gaussian_weight(length: int, radius: torch.Tensor, dilation: int = 1) -> tor
 
     Args:
         length: Number of positions along the axis.
-        radius: Scalar radius in cells of the undilated grid; the sign does not matter.
+        radius: One number, () or (1,), the radius in cells of the undilated grid; the sign does not matter.
         dilation: Cells of this axis that make one cell of the undilated grid.
 
     Returns:
@@ -22,7 +22,8 @@ def gaussian_weight(length: int, radius: torch.Tensor, dilation: int = 1) -> tor
     wide = torch.float64 if radius.dtype == torch.float64 else torch.float32
     position = torch.arange(length, device=radius.device, dtype=wide) / dilation
     distance = (position[:, None] - position[None, :]).square()
-    variance = radius.to(wide).square() + 1e-6
+    radius = radius.to(wide)
+    variance = radius * radius + 1e-6
     return (distance / (-2. * variance)).softmax(-1)
 
 
@@ -35,7 +36,7 @@ def gaussian_attention(value: torch.Tensor, radius: torch.Tensor, dilation: int 
 
     Args:
         value: Map of shape (B, C, H, W).
-        radius: Scalar radius in cells of the map (of the undilated map where `dilation` > 1).
+        radius: One number, () or (1,), the radius in cells of the map (of the undilated map where `dilation` > 1).
         dilation: Cells of the map that make one cell of the undilated map.
 
     Returns:

@@ -35,7 +35,7 @@ def column_attention(query: torch.Tensor, value: torch.Tensor, table: torch.Tens
     """
     _check(query, table)
     if not torch.jit.is_scripting():
-        if compiled_for_cpu(query, value, table) or (_large(query) and eager_on_cpu(query, value, table)):
+        if compiled_for_cpu(query, value, table) or (eager_on_cpu(query, value, table) and _large(query)):
             return _blocked(query, value, table)
     return _column_attention(query, value, table)
 
