@@ -8,8 +8,8 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .layers import PairwiseAttention, PriorAttention
-from .layers._norm import affine_of
-from .models.san import SANBlock
+from .layers._norm import affine_of, watched
+from .models.san import SANBlock, SANStem
 
 __all__ = ['fuse']
 
@@ -59,7 +59,7 @@ def _neighbours(module: nn.Module) -> list[tuple[str, str]]:
         return [('conv1', 'bn1'), ('conv2', 'bn2')]
     if isinstance(module, Bottleneck):
         return [('conv1', 'bn1'), ('conv2', 'bn2'), ('conv3', 'bn3')]
-    if type(module) is nn.Sequential:
+    if type(module) in (nn.Sequential, SANStem):
         names = [name for name, _ in module.named_children()]
         return list(zip(names, names[1:], strict=False))
     return []
@@ -68,8 +68,8 @@ def _neighbours(module: nn.Module) -> list[tuple[str, str]]:
 def _fold(layer: nn.Module, norm: nn.Module) -> bool:
     """Fold a norm into the layer before it; false, and nothing done, where that is not possible."""
     if isinstance(layer, nn.Sequential) and len(layer) > 0:  # a stem of several convolutions
-        return not _watched(layer) and _fold(layer[-1], norm)
-    if type(norm) is not nn.BatchNorm2d or affine_of(norm) is None or _watched(norm) or _watched(layer):
+        return not watched(*layer.modules()) and _fold(layer[-1], norm)
+    if type(norm) is not nn.BatchNorm2d or affine_of(norm) is None or watched(norm) or watched(*layer.modules()):
         return False
     if type(layer) is nn.Conv2d:
         _fold_convolution(layer, norm, slice(None), slice(None))
@@ -101,7 +101,3 @@ def _fold_convolution(conv: nn.Conv2d, norm: nn.BatchNorm2d, rows: slice, channe
     )
     conv.weight[rows] = weight
     conv.bias[rows] = bias
-
-
-def _watched(module: nn.Module) -> bool:
-    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())

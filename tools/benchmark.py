@@ -360,11 +360,10 @@ def operation_groups(setting: Setting, batch: int) -> Groups:
             'ours': way(setting.code(both(ops.column_attention, ops.row_attention)), inputs),
         }
 
-    def module(kind: type[nn.Module], dim: int, side: int, kernel_size: int, way: Any) -> dict[str, Callable[[], Any]]:
-        layer = kind(dim, kernel_size=kernel_size).to(setting.device, setting.dtype)
-        layer.train(way is stepped)
+    def module(kind: Callable[..., nn.Module], dim: int, side: int, way: Any) -> dict[str, Callable[[], Any]]:
+        layer = kind(dim).to(setting.device, setting.dtype).train(way is stepped)
         inputs = (setting.laid_out(random(batch, dim, side, side)),)
-        return {'unfold, einsum': plainly(way(layer, inputs)), 'ours': way(setting.code(layer), inputs)}
+        return {'plain': plainly(way(layer, inputs)), 'ours': way(setting.code(layer), inputs)}
 
     def gaussian(channels: int, side: int, way: Any) -> dict[str, Callable[[], Any]]:
         conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False).to(setting.device, setting.dtype)
@@ -389,8 +388,10 @@ def operation_groups(setting: Setting, batch: int) -> Groups:
         for kind in (layers.PatchwiseAttention, layers.PairwiseAttention):
             for channels, side, kernel_size in STAGES[1:]:
                 groups[f'{kind.__name__} {side} x {side}, {4 * channels} channels, {label}'] = partial(
-                    module, kind, 4 * channels, side, kernel_size, way)
+                    module, partial(kind, kernel_size=kernel_size), 4 * channels, side, way)
         for channels, side in ((64, 56), (128, 28), (256, 14), (512, 7)):
+            groups[f'GlobalSelfAttention {side} x {side}, {channels} channels, {label}'] = partial(
+                module, partial(layers.GlobalSelfAttention, feat_size=side), channels, side, way)
             groups[f'GSA position {side} x {side}, {channels} channels, {label}'] = partial(
                 position, side, channels, way)
         for channels, side in ((128, 28), (256, 14), (512, 7)):

@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 
 import timm_gsa.layers.global_self_attention as module
+import timm_gsa.ops._paths as paths
 from timm_gsa.layers import GlobalSelfAttention
 
 
@@ -250,3 +251,20 @@ def test_layers_changed_by_hand_go_step_by_step(in_one, change):
     with torch.no_grad():
         torch.testing.assert_close(layer(x), expected)
     assert not in_one
+
+
+@pytest.mark.parametrize('stride', [1, 2])
+def test_large_batches_go_in_parts_at_inference(monkeypatch, stride):
+    layer, x = layer_of(6, stride=stride).eval(), torch.randn(5, 6, 7, 6, dtype=torch.float64)
+    expected = layer(x).detach()
+    batches = []
+    layer.qkv.weight.requires_grad_(False)
+    project = layer.project
+    monkeypatch.setattr(layer, 'project', lambda part: batches.append(len(part)) or project(part))
+    monkeypatch.setattr(paths, '_LARGEST_BLOCK', 2 * 2 * 3 * 6 * 42 * 8)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
+        assert batches == [2, 2, 1]
+        layer.norm.train()
+        layer(x)
+    assert batches[3:] == [5]

@@ -35,9 +35,9 @@ SHAPES = {  # of the layers above, by the names that checkpoints hold
     'gsa_stride': {
         'qkv.weight': (96, 32, 1, 1), 'qkv.bias': (96,), 'rel_h': (11, 8), 'rel_w': (9, 8), 'norm': (32,)},
     'prior': {
-        'conv.weight': (36, 32, 3, 3), 'value.weight': (12, 32, 1, 1), 'proj.weight': (12, 12, 1, 1), 'radius': ()},
+        'conv.weight': (36, 32, 3, 3), 'value.weight': (12, 32, 1, 1), 'proj.weight': (12, 12, 1, 1), 'radius': (1,)},
     'prior_stride': {
-        'conv.weight': (24, 32, 3, 3), 'value.weight': (8, 32, 1, 1), 'proj.weight': (8, 8, 1, 1), 'radius': ()},
+        'conv.weight': (24, 32, 3, 3), 'value.weight': (8, 32, 1, 1), 'proj.weight': (8, 8, 1, 1), 'radius': (1,)},
     'pairwise': {
         'qkv.weight': (12, 32, 1, 1), 'qkv.bias': (12,), 'position.weight': (2, 2, 1, 1), 'position.bias': (2,),
         'norm1': (4,), 'conv1.weight': (2, 4, 1, 1), 'norm2': (2,), 'conv2.weight': (1, 2, 1, 1), 'conv2.bias': (1,)},

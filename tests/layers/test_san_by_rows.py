@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import timm_gsa.layers.san_attention as san_attention
+import timm_gsa.ops._paths as paths
 from timm_gsa.layers import PairwiseAttention, PatchwiseAttention
 
 from ..gradients import outputs_and_gradients
@@ -172,3 +173,22 @@ def test_half_precision_takes_the_general_path(layer, by_rows):
     with torch.no_grad():
         layer.bfloat16()(torch.randn(1, 48, 6, 6, dtype=torch.bfloat16))
     assert not by_rows
+
+
+def test_large_batches_go_in_parts_at_inference(layer, monkeypatch):
+    """As if a block of memory were large from two images on; the last part is smaller."""
+    x = images(5, 9, 8)
+    expected = layer(x).detach()
+    batches = []
+    project = layer.project
+    monkeypatch.setattr(layer, 'project', lambda part: batches.append(len(part)) or project(part))
+    monkeypatch.setattr(paths, '_LARGEST_BLOCK', 2 * 2 * 3 * 25 * 72 * 8)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
+        assert batches == [2, 2, 1]
+        watch = layer.qkv.register_forward_hook(lambda module, args, output: None)
+        layer(x)
+        watch.remove()
+        layer.train()(x)
+    layer.eval()(x)
+    assert batches[3:] == [5, 5, 5]

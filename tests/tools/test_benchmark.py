@@ -27,7 +27,7 @@ def test_operations_are_measured_against_their_plain_formulations(tmp_path, caps
     assert benchmark.main([*arguments, '--json', str(report)]) == 0
     rows = json.loads(report.read_text())['rows']
     groups = {row['group'] for row in rows}
-    assert len(groups) == 10 and all('7 x 7' in group for group in groups)
+    assert len(groups) == 12 and all('7 x 7' in group for group in groups)
     for group in groups:
         first, *others = (row for row in rows if row['group'] == group)
         assert first['ratio'] == 1 and others[-1]['name'] == 'ours'

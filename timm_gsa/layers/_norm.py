@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-__all__ = ['affine_of', 'affine_or_batch', 'update_running', 'weight_and_bias']
+__all__ = ['affine_of', 'affine_or_batch', 'update_running', 'watched', 'weight_and_bias']
 
 
 def affine_of(norm: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -68,6 +68,11 @@ def weight_and_bias(norm: nn.BatchNorm2d, like: torch.Tensor) -> tuple[torch.Ten
     if norm.weight is None:
         return like.new_ones(norm.num_features), like.new_zeros(norm.num_features)
     return norm.weight, norm.bias
+
+
+def watched(*modules: nn.Module) -> bool:
+    """Whether a hook watches or changes what a module takes or gives."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 _NO_ACT = (type(None), nn.Identity)

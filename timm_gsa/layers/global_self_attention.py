@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from timm.layers import LayerType, get_norm_layer, register_notrace_module, to_2tuple
 
 from ..ops import column_attention, content_attention, global_attention, resize_relative_table, row_attention
-from ..ops._paths import compiled_for_cpu, eager_on_cpu, records_gradients
-from ._norm import affine_of
+from ..ops._paths import compiled_for_cpu, eager_on_cpu, in_parts, inference_on_cpu, records_gradients
+from ._norm import affine_of, watched
 
 __all__ = ['GlobalSelfAttention']
 
@@ -122,17 +122,26 @@ class GlobalSelfAttention(nn.Module):
         return content_attention(query, key, value) + position
 
     @torch.jit.unused
-    def _affine_norm(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _affine_norm(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Factor and shift of the norm where inference may compute it along with the attention, else None."""
-        tensors = query, *self.parameters()
-        if (
-                self.norm._forward_hooks or self.norm._forward_pre_hooks or records_gradients(*tensors)
-                or not (eager_on_cpu(*tensors) or compiled_for_cpu(*tensors))
-        ):
+        tensors = x, *self.parameters()
+        on_cpu = eager_on_cpu(*tensors) or compiled_for_cpu(*tensors)
+        if watched(self.norm) or records_gradients(*tensors) or not on_cpu:
             return None
         return affine_of(self.norm)
 
+    @torch.jit.unused
+    def _goes_in_parts(self, x: torch.Tensor) -> bool:
+        """Whether each image is computed by itself, and nobody sees that they are not computed at once."""
+        return inference_on_cpu(x, *self.parameters()) and not watched(self.qkv) and self._affine_norm(x) is not None
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if self._goes_in_parts(x):
+                return in_parts(self._forward, x, 3 * x[0].numel())
+        return self._forward(x)
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, _, height, width = x.shape
         query, key, value = self.project(x)
         rel_h = resize_relative_table(self.rel_h, height).to(query.dtype)

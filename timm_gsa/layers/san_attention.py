@@ -20,9 +20,9 @@ from ..ops import (
     patch_network,
     subtraction,
 )
-from ..ops._paths import eager_on_cpu, inference_on_cpu
+from ..ops._paths import eager_on_cpu, in_parts, inference_on_cpu
 from ..ops.neighbourhood import same_padding
-from ._norm import affine_of, affine_or_batch, update_running, weight_and_bias
+from ._norm import affine_of, affine_or_batch, update_running, watched, weight_and_bias
 
 __all__ = ['PairwiseAttention', 'PatchwiseAttention']
 
@@ -65,22 +65,41 @@ class _NeighbourhoodAttention(nn.Module):
                 reset()
 
     @torch.jit.unused
-    def _goes_by_rows(self, query: torch.Tensor) -> bool:
+    def _goes_by_rows(self, x: torch.Tensor) -> bool:
         """Whether the weights are computed row by row of the neighbourhood, which keeps no relations.
 
         So on a CPU, but for training on small maps, where that saves little and takes longer; and only where every part
         is of the kind known here and no hook watches or changes what lies between.
         """
-        parts = [child for name, child in self.named_children() if name != 'qkv']
         norms = self.norm1, self.norm2
         return (
             type(self.conv1) is type(self.conv2) is nn.Conv2d
             and type(self.act1) is type(self.act2) is nn.ReLU
-            and not any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+            and not watched(*(child for name, child in self.named_children() if name != 'qkv'))
             and (all(type(norm) is nn.BatchNorm2d and norm.training for norm in norms) or all(map(affine_of, norms)))
-            and eager_on_cpu(query, *self.parameters())
-            and (query[0, 0].numel() >= _LARGE or inference_on_cpu(query, *self.parameters()))
+            and eager_on_cpu(x, *self.parameters())
+            and (x[0, 0].numel() >= _LARGE or inference_on_cpu(x, *self.parameters()))
         )
+
+    @torch.jit.unused
+    def _goes_in_parts(self, x: torch.Tensor) -> bool:
+        """Whether each image is computed by itself, and nobody sees that they are not computed at once."""
+        fixed = affine_of(self.norm1) is not None and affine_of(self.norm2) is not None
+        return fixed and not watched(self.qkv) and inference_on_cpu(x, *self.parameters()) and self._goes_by_rows(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if self._goes_in_parts(x):
+                return in_parts(self._forward, x, self.num_groups * self.kernel_size ** 2 * x[0, 0].numel())
+        return self._forward(x)
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        query, key, value = self.project(x)
+        return aggregation(value, self.attention(query, key), self.kernel_size, self.dilation)
+
+    def attention(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Weights (B, G, K * K, H, W) of every position's neighbours."""
+        raise NotImplementedError
 
     def project(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Query (B, dim_key, H, W), key (B, dim_key, H, W) and value (B, dim_out, H, W) of a map (B, dim, H, W)."""
@@ -180,10 +199,6 @@ class PairwiseAttention(_NeighbourhoodAttention):
         update_running(self.norm2, mean, variance, count)
         return logits
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        query, key, value = self.project(x)
-        return aggregation(value, self.attention(query, key), self.kernel_size, self.dilation)
-
 
 @register_notrace_module  # works on shapes in Python
 class PatchwiseAttention(_NeighbourhoodAttention):
@@ -262,7 +277,3 @@ class PatchwiseAttention(_NeighbourhoodAttention):
         weight = self.conv1.weight
         hidden = patch_network(key, scale[channels:], shift[channels:], weight[:, channels:, 0, 0], *window)
         return hidden + F.conv2d(centre, weight[:, :channels])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        query, key, value = self.project(x)
-        return aggregation(value, self.attention(query, key), self.kernel_size, self.dilation)

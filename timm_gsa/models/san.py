@@ -21,7 +21,8 @@ from timm.models._manipulate import checkpoint
 from timm.models.resnet import Bottleneck, ResNet
 
 from ..layers import PairwiseAttention, PatchwiseAttention
-from ..ops._paths import inference_on_cpu
+from ..layers._norm import affine_of, watched
+from ..ops._paths import in_parts, inference_on_cpu
 from ._zoo import SMALL_STEM, check_stem, cifar100_cfg, create_from_zoo, default_cfg, zoo_cfgs
 
 __all__ = ['SAN', 'SANBlock', 'checkpoint_filter_fn']
@@ -44,6 +45,46 @@ class HalvingMaxPool(nn.Module):
                 x = torch.maximum(x[..., 0:height:2, :width], x[..., 1:height:2, :width])
                 return torch.maximum(x[..., 0::2], x[..., 1::2])
         return F.max_pool2d(x, 2)
+
+
+class SANStem(nn.Sequential):
+    """First convolution, pool and stage 0; in inference on a CPU up to the pool in parts of the batch.
+
+    Before the pool the maps are as large as the images, with 64 channels in the authors' networks.
+    """
+
+    conv: nn.Conv2d
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if self._goes_in_parts(x):
+                x = in_parts(self._up_to_pool, x, self.conv.out_channels * x[0, 0].numel())
+                for module in list(self)[_POOL + 1:]:
+                    x = module(x)
+                return x
+        for module in self:
+            x = module(x)
+        return x
+
+    @torch.jit.unused
+    def _up_to_pool(self, x: torch.Tensor) -> torch.Tensor:
+        for module in list(self)[:_POOL + 1]:
+            x = module(x)
+        return x
+
+    @torch.jit.unused
+    def _goes_in_parts(self, x: torch.Tensor) -> bool:
+        """Whether each image is computed by itself, and nobody sees that they are not computed at once."""
+        conv, norm, act, pool = first = list(self)[:_POOL + 1]
+        return (
+            type(conv) is nn.Conv2d and type(act) is nn.ReLU and type(pool) is HalvingMaxPool
+            and (type(norm) is nn.Identity or affine_of(norm) is not None)
+            and not watched(*first)
+            and inference_on_cpu(x, *self.parameters())
+        )
+
+
+_POOL = 3  # place of the pool in the stem
 
 
 class SANBlock(nn.Module):
@@ -165,7 +206,7 @@ class SAN(ResNet):
         act_layer, norm_layer = get_act_layer(act_layer), get_norm_layer(norm_layer)
         rates = [drop_path_rate * block / max(sum(layers) - 1, 1) for block in range(sum(layers))]
         stem = channels[0]
-        self.conv1 = nn.Sequential(OrderedDict(
+        self.conv1 = SANStem(OrderedDict(
             conv=nn.Conv2d(in_chans, stem, kernel_size=1, bias=False, **dd),
             norm=norm_layer(stem, **dd),
             act=act_layer(inplace=True),

@@ -1,4 +1,5 @@
 """When an operation may take a path that writes into buffers of its own."""
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ __all__ = [
     'compiled_for_cpu',
     'differentiable_gradients',
     'eager_on_cpu',
+    'in_parts',
     'inference_on_cpu',
     'is_exporting',
     'records_gradients',
@@ -61,6 +63,24 @@ def compiled_for_cpu(*tensors: torch.Tensor) -> bool:
 def is_exporting() -> bool:
     """Whether torch.export looks on, which torch before 2.7 cannot say: its programs hold the form for the compiler."""
     return getattr(torch.compiler, 'is_exporting', bool)()
+
+
+# The C library gives larger blocks back to the system, which hands every page out anew.
+_LARGEST_BLOCK = 2 ** 25
+
+
+def in_parts(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, held: int) -> torch.Tensor:
+    """function(x), in parts of the batch where what it holds for all images would be a large block of memory.
+
+    Args:
+        function: Of a tensor, each of whose images is computed by itself.
+        x: Batch of images.
+        held: Numbers in the largest tensor that `function` makes of an image.
+    """
+    size = held * x.element_size()
+    if len(x) * size <= _LARGEST_BLOCK:
+        return function(x)
+    return torch.cat([function(part) for part in x.split(max(1, _LARGEST_BLOCK // 2 // size))])
 
 
 def differentiable_gradients(
