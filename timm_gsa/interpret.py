@@ -288,6 +288,8 @@ class _Frame:
 
 
 def _read_global(frame: _Frame, layer: GlobalSelfAttention, x: torch.Tensor) -> GlobalMaps:
+    if layer.branches != 'both' or layer.rel_h is None or layer.rel_w is None:
+        raise ValueError(f'layer {frame.layer} must have both branches, got {layer.branches!r}')
     height, width = feat_size = (x.shape[-2], x.shape[-1])
     query, key, _ = _wide(*layer.project(x))
     with _no_autocast(x):

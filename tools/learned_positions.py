@@ -31,7 +31,8 @@ def table_figure(name: str, model: torch.nn.Module) -> Image.Image | None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    layers = {key: layer for key, layer in model.named_modules() if isinstance(layer, GlobalSelfAttention)}
+    layers = {key: layer for key, layer in model.named_modules() if isinstance(layer, GlobalSelfAttention)
+              and layer.rel_h is not None}
     if not layers:
         return None
     columns = min(len(layers), LAYERS_ABREAST)
@@ -45,6 +46,8 @@ def table_figure(name: str, model: torch.nn.Module) -> Image.Image | None:
         upper, middle, lower = grid[i // columns * 3:i // columns * 3 + 3, i % columns]
         upper.set_title(f'{key}\n{layer.num_heads} heads share a table', fontsize=8)
         for axes, table, axis in ((upper, layer.rel_h, 'rows'), (middle, layer.rel_w, 'columns')):
+            if table is None:  # of content alone
+                continue
             embedding = table.detach().float()
             _draw_table(axes, embedding, axis)
             reach = embedding.shape[0] // 2

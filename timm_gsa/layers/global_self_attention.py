@@ -42,6 +42,8 @@ class GlobalSelfAttention(nn.Module):
         stride: 1, or 2 to halve the map after the attention.
         qkv_bias: Whether the projection to query, key and value has a bias.
         norm_layer: Norm between the column and the row step, over all C channels.
+        branches: 'both', or 'content' or 'position' for that branch alone, as ablations have it: content without tables
+            and norm, position without a key.
 
     Shape:
         Input (B, C, H, W); output (B, C, ceil(H / stride), ceil(W / stride)). Parameters: `qkv` a 1 x 1 convolution
@@ -49,7 +51,8 @@ class GlobalSelfAttention(nn.Module):
         for the H, W of `feat_size`; `norm`.
 
     Raises:
-        ValueError: `dim` is not a multiple of `num_heads`, `stride` is neither 1 nor 2, or `feat_size` is not positive.
+        ValueError: `dim` is not a multiple of `num_heads`, `stride` is neither 1 nor 2, `feat_size` is not positive, or
+            `branches` is none of the three.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class GlobalSelfAttention(nn.Module):
             stride: int = 1,
             qkv_bias: bool = False,
             norm_layer: LayerType = nn.BatchNorm2d,
+            branches: str = 'both',
             device: Any = None,
             dtype: torch.dtype | None = None,
     ) -> None:
@@ -72,14 +76,22 @@ class GlobalSelfAttention(nn.Module):
         height, width = to_2tuple(feat_size)
         if height < 1 or width < 1:
             raise ValueError(f'feat_size must be positive, got {feat_size}')
+        if branches not in ('both', 'content', 'position'):
+            raise ValueError(f"branches must be 'both', 'content' or 'position', got {branches!r}")
         self.dim = dim
+        self.branches = branches
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.stride = stride
-        self.qkv = nn.Conv2d(dim, 3 * dim, kernel_size=1, bias=qkv_bias, **dd)
-        self.rel_h = nn.Parameter(torch.empty(2 * height - 1, self.head_dim, **dd))
-        self.rel_w = nn.Parameter(torch.empty(2 * width - 1, self.head_dim, **dd))
-        self.norm = get_norm_layer(norm_layer)(dim, **dd)
+        parts = 2 if branches == 'position' else 3
+        self.qkv = nn.Conv2d(dim, parts * dim, kernel_size=1, bias=qkv_bias, **dd)
+        self.rel_h: nn.Parameter | None = None
+        self.rel_w: nn.Parameter | None = None
+        self.norm: nn.Module = nn.Identity()
+        if branches != 'content':
+            self.rel_h = nn.Parameter(torch.empty(2 * height - 1, self.head_dim, **dd))
+            self.rel_w = nn.Parameter(torch.empty(2 * width - 1, self.head_dim, **dd))
+            self.norm = get_norm_layer(norm_layer)(dim, **dd)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -87,22 +99,26 @@ class GlobalSelfAttention(nn.Module):
         nn.init.normal_(self.qkv.weight, std=self.dim ** -0.5)
         if self.qkv.bias is not None:
             nn.init.zeros_(self.qkv.bias)
-        nn.init.normal_(self.rel_h, std=self.head_dim ** -0.5)
-        nn.init.normal_(self.rel_w, std=self.head_dim ** -0.5)
-        if hasattr(self.norm, 'reset_parameters'):
-            self.norm.reset_parameters()
+        for table in (self.rel_h, self.rel_w):
+            if table is not None:
+                nn.init.normal_(table, std=self.head_dim ** -0.5)
+        reset = getattr(self.norm, 'reset_parameters', None)
+        if reset is not None:
+            reset()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name, table in (('rel_h', self.rel_h), ('rel_w', self.rel_w)):
             given = state_dict.get(prefix + name)
+            if table is None:
+                continue
             if given is not None and given.ndim == 2 and given.shape[0] % 2 == 1 and given.shape[1] == table.shape[1]:
                 state_dict[prefix + name] = resize_relative_table(given, (table.shape[0] + 1) // 2)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def project(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Query, key and value of a map (B, C, H, W), each (B, heads, C / heads, H, W)."""
+        """Query, key and value of a map (B, C, H, W), each (B, heads, C / heads, H, W); no key for position alone."""
         batch, _, height, width = x.shape
-        return self.qkv(x).reshape(batch, 3, self.num_heads, self.head_dim, height, width).unbind(1)
+        return self.qkv(x).reshape(batch, -1, self.num_heads, self.head_dim, height, width).unbind(1)
 
     def _attend(
             self,
@@ -143,10 +159,19 @@ class GlobalSelfAttention(nn.Module):
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, _, height, width = x.shape
-        query, key, value = self.project(x)
-        rel_h = resize_relative_table(self.rel_h, height).to(query.dtype)
-        rel_w = resize_relative_table(self.rel_w, width).to(query.dtype)
-        out = self._attend(query, key, value, rel_h, rel_w).reshape(batch, self.dim, height, width)
+        parts = self.project(x)
+        query, value = parts[0], parts[-1]
+        if self.rel_h is None or self.rel_w is None:
+            out = content_attention(query, parts[1], value)
+        else:
+            rel_h = resize_relative_table(self.rel_h, height).to(query.dtype)
+            rel_w = resize_relative_table(self.rel_w, width).to(query.dtype)
+            if self.branches == 'both':
+                out = self._attend(query, parts[1], value, rel_h, rel_w)
+            else:
+                column = column_attention(query, value, rel_h).reshape(batch, self.dim, height, width)
+                out = row_attention(query, self.norm(column).reshape(value.shape), rel_w)
+        out = out.reshape(batch, self.dim, height, width)
         if self.stride == 2:
             out = _halved(out)
         return out

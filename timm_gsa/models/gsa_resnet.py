@@ -37,6 +37,7 @@ class GSAResNet(AttentionResNet):
         *args: Positional arguments of timm's ResNet.
         num_heads: Attention heads of every layer.
         attn_stages: Stages that use attention, of 1 to 4; the others keep their convolutions.
+        attn_branches: 'both', or the ablations 'content' and 'position' (`GlobalSelfAttention`).
         img_size: Height and width of the images that position tables are built for; where None 224, with the small
             stem 32.
         **kwargs: Keyword arguments of timm's ResNet; its `stem_type` may also be 'small'.
@@ -47,6 +48,7 @@ class GSAResNet(AttentionResNet):
             *args: Any,
             num_heads: int = 8,
             attn_stages: tuple[int, ...] = (1, 2, 3, 4),
+            attn_branches: str = 'both',
             img_size: int | tuple[int, int] | None = None,
             **kwargs: Any,
     ) -> None:
@@ -67,6 +69,7 @@ class GSAResNet(AttentionResNet):
                 num_heads=num_heads,
                 stride=conv.stride[0],
                 norm_layer=kwargs.get('norm_layer', nn.BatchNorm2d),
+                branches=attn_branches,
                 device=conv.weight.device,
                 dtype=conv.weight.dtype,
             )
