@@ -23,9 +23,11 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -438,16 +440,26 @@ def model_run(setting: Setting, model: Any, batch: int, size: int, training: boo
     return step
 
 
-def scaling_groups(setting: Setting, batch: int, sizes: Sequence[int], names: Sequence[str]) -> Groups:
-    """Inference over the size of the images; models that are tied to a size are built for it."""
-    def runs(size: int) -> dict[str, Callable[[], Any]]:
+def scaling_groups(
+        setting: Setting,
+        batch: int,
+        batches: Sequence[int],
+        size: int,
+        sizes: Sequence[int],
+        names: Sequence[str],
+) -> Groups:
+    """Inference over the size of the images and over their number; models that are tied to a size are built for it."""
+    def runs(batch: int, size: int) -> dict[str, Callable[[], Any]]:
         result = {}
         for name in names:
             tied = {'img_size': size} if name.startswith(('gsa', 'botnet', 'lambda')) else {}
-            result[name] = model_run(setting, setting.model(name, **tied), batch, size, False)
+            if not name.startswith('halonet') or size % 256 == 0:  # its blocks of 8 must fit maps of stride 32
+                result[name] = model_run(setting, setting.model(name, **tied), batch, size, False)
         return result
 
-    return {f'inference, {size} px, batch {batch}': partial(runs, size) for size in sizes}
+    settings = [(batch, size) for size in sizes] + [(batch, size) for batch in batches]
+    return {
+        f'inference, {size} px, batch {batch}': partial(runs, batch, size) for batch, size in dict.fromkeys(settings)}
 
 
 def profiled(setting: Setting, name: str, batch: int, size: int) -> str:
@@ -522,6 +534,38 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         figure.savefig(temporary, format='png', dpi=110)
 
 
+def draw_growth(rows: Sequence[Row], path: Path) -> None:
+    """Time and memory of every model over the side of the images, and over the batch, on logarithmic axes."""
+    from matplotlib.figure import Figure
+
+    points = [(*map(int, re.findall(r'\d+', row.group)), row) for row in rows]  # side, batch, row
+    [(usual_side, _)] = Counter(side for side, _, _ in points).most_common(1)
+    [(usual_batch, _)] = Counter(batch for _, batch, _ in points).most_common(1)
+    over_side = [(side, row) for side, batch, row in points if batch == usual_batch]
+    over_batch = [(batch, row) for side, batch, row in points if side == usual_side]
+    figure = Figure(figsize=(11, 8), layout='constrained')
+    quantities: dict[str, Callable[[Row], float]] = {
+        'seconds': lambda row: row.median, 'peak memory, MB': lambda row: row.peak / 1e6}
+    for line, (what, of) in enumerate(quantities.items()):
+        for column, (label, among) in enumerate((('side of the image, px', over_side), ('batch', over_batch))):
+            axes = figure.add_subplot(2, 2, 2 * line + column + 1)
+            for name in dict.fromkeys(row.name for _, row in among):
+                curve = sorted((x, of(row)) for x, row in among if row.name == name)
+                axes.plot(*zip(*curve, strict=True), marker='o', label=name)
+            low, high = (pick(x for x, _ in among) for pick in (min, max))
+            start = min(of(row) for x, row in among if x == low)
+            for power, style in ((2, ':'), (3, '--'), (4, '-.')) if column == 0 else ((1, ':'),):
+                line_style = dict(linestyle=style, color='grey', linewidth=0.8, label=f'slope {power}')
+                axes.plot([low, high], [start, start * (high / low) ** power], **line_style)
+            axes.set_xscale('log', base=2)
+            axes.set_yscale('log')
+            axes.set_xlabel(label)
+            axes.set_ylabel(what)
+            axes.legend(fontsize=7)
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, format='png', dpi=110)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure what a command line asks for, print the table; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -537,11 +581,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--batch-size', type=positive, default=8)
     parser.add_argument('--img-size', type=positive, default=224)
     parser.add_argument('--img-sizes', type=positive, nargs='+', default=[128, 224, 448, 1024], help='of scaling')
+    parser.add_argument('--batch-sizes', type=positive, nargs='+', default=[1, 2, 4, 8, 16], help='of scaling')
     parser.add_argument('--rounds', type=positive, default=7)
     parser.add_argument('--seconds', type=positive, help='start nothing new after so long')
     parser.add_argument('--threads', type=positive, help='of the CPU; what torch chooses if not given')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the figures there')
-    parser.add_argument('--plot', type=Path, metavar='FILE', help='draw the ratios there (needs matplotlib)')
+    parser.add_argument('--plot', type=Path, metavar='FILE', help='draw ratios, or growth, there (needs matplotlib)')
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -557,7 +602,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.what == 'operations':
         groups = operation_groups(setting, args.batch_size)
     elif args.what == 'scaling':
-        groups = scaling_groups(setting, args.batch_size, args.img_sizes, (args.base, *args.models))
+        groups = scaling_groups(
+            setting, args.batch_size, args.batch_sizes, args.img_size, args.img_sizes, (args.base, *args.models))
     else:
         models = args.base, *args.models
         groups = model_groups(setting, args.batch_size, args.img_size, models, args.what == 'training')
@@ -581,7 +627,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(rows))
     print('\n' + ', '.join(f'{key} {value}' for key, value in machine(setting).items()))
     if args.plot:
-        draw(rows, args.plot)
+        (draw_growth if args.what == 'scaling' else draw)(rows, args.plot)
     return 0
 
 

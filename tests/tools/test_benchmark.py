@@ -44,11 +44,14 @@ def test_operations_are_measured_against_their_plain_formulations(tmp_path, caps
 def test_models_are_measured_beside_a_resnet50(what, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, 'BASE', 'test_resnet')  # small enough to be measured in a moment
     arguments = ['--models', 'san_tiny_patchwise', 'priorattn_resnet_tiny', '--batch-size', '2', '--rounds', '1',
-                 '--img-size', '64', '--img-sizes', '64', '96', '--device', 'cpu', '--channels-last']
+                 '--img-size', '64', '--img-sizes', '64', '96', '--batch-sizes', '1', '2', '--device', 'cpu',
+                 '--channels-last']
     assert benchmark.main([what, *arguments]) == 0
     table = capsys.readouterr().out
     if what == 'scaling':
-        assert 'inference, 64 px, batch 2' in table and 'inference, 96 px, batch 2' in table
+        for group in ('64 px, batch 2', '96 px, batch 2', '64 px, batch 1'):
+            assert table.count(f'inference, {group}') == 1
+        assert '96 px, batch 1' not in table
     else:
         assert '| test_resnet eager |' in table and '| san_tiny_patchwise plain |' in table
     assert '| priorattn_resnet_tiny |' in table
@@ -186,5 +189,16 @@ def test_no_group_of_that_name_is_an_error(capsys):
 def test_ratios_are_drawn(tmp_path):
     rows = [benchmark.Row('group', 'first', [2.]), benchmark.Row('group', 'second', [1.], ratio=2.)]
     benchmark.draw(rows, tmp_path / 'plot.png')
+    with Image.open(tmp_path / 'plot.png') as picture:
+        assert picture.width > 600 and len(picture.getcolors(1 << 24)) > 10
+
+
+@pytest.mark.interop
+@pytest.mark.skipif(importlib.util.find_spec('matplotlib') is None, reason='the plot needs matplotlib')
+def test_growth_is_drawn(tmp_path):
+    rows = [
+        benchmark.Row(f'inference, {side} px, batch {batch}', name, [side ** 2 * batch * 1e-6], peak=side * batch)
+        for side, batch in ((128, 1), (256, 1), (512, 1), (256, 4)) for name in ('first', 'second')]
+    benchmark.draw_growth(rows, tmp_path / 'plot.png')
     with Image.open(tmp_path / 'plot.png') as picture:
         assert picture.width > 600 and len(picture.getcolors(1 << 24)) > 10
