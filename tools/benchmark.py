@@ -538,7 +538,10 @@ def draw_growth(rows: Sequence[Row], path: Path) -> None:
     """Time and memory of every model over the side of the images, and over the batch, on logarithmic axes."""
     from matplotlib.figure import Figure
 
-    points = [(*map(int, re.findall(r'\d+', row.group)), row) for row in rows]  # side, batch, row
+    points: list[tuple[int, int, Row]] = []
+    for row in rows:
+        side, batch = map(int, re.findall(r'\d+', row.group))
+        points.append((side, batch, row))
     [(usual_side, _)] = Counter(side for side, _, _ in points).most_common(1)
     [(usual_batch, _)] = Counter(batch for _, batch, _ in points).most_common(1)
     over_side = [(side, row) for side, batch, row in points if batch == usual_batch]
@@ -555,7 +558,7 @@ def draw_growth(rows: Sequence[Row], path: Path) -> None:
             low, high = (pick(x for x, _ in among) for pick in (min, max))
             start = min(of(row) for x, row in among if x == low)
             for power, style in ((2, ':'), (3, '--'), (4, '-.')) if column == 0 else ((1, ':'),):
-                line_style = dict(linestyle=style, color='grey', linewidth=0.8, label=f'slope {power}')
+                line_style: dict[str, Any] = dict(linestyle=style, color='grey', linewidth=0.8, label=f'slope {power}')
                 axes.plot([low, high], [start, start * (high / low) ** power], **line_style)
             axes.set_xscale('log', base=2)
             axes.set_yscale('log')
