@@ -268,3 +268,23 @@ def test_large_batches_go_in_parts_at_inference(monkeypatch, stride):
         layer.norm.train()
         layer(x)
     assert batches[3:] == [5]
+
+
+@pytest.mark.parametrize('qkv_bias', [False, True])
+def test_training_on_large_batches_projects_in_parts(monkeypatch, qkv_bias):
+    layer, x = layer_of(6, qkv_bias=qkv_bias).train(), image(6, 6)
+
+    def gradients():
+        leaf = x.clone().requires_grad_()
+        out = layer(leaf)
+        return [out, *torch.autograd.grad((out * image(6, 6)).sum(), [leaf, *layer.parameters()])]
+
+    expected = gradients()
+    calls = []
+    monkeypatch.setattr(paths, '_LARGEST_BLOCK', 8 * 2 * 18 * 36 - 1)
+    monkeypatch.setattr(module.F, 'conv2d', lambda *args, f=module.F.conv2d: calls.append(1) or f(*args))
+    torch.testing.assert_close(gradients(), expected)
+    assert len(calls) == 3
+    layer.qkv.register_forward_hook(lambda qkv, args, output: 2 * output)
+    layer(x)
+    assert len(calls) == 4  # of the projection as a whole, whose output the hook changes

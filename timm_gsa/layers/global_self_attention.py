@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.layers import LayerType, get_norm_layer, register_notrace_module, to_2tuple
 
 from ..ops import column_attention, content_attention, global_attention, resize_relative_table, row_attention
-from ..ops._paths import compiled_for_cpu, eager_on_cpu, in_parts, inference_on_cpu, records_gradients
+from ..ops._paths import compiled_for_cpu, eager_on_cpu, in_parts, inference_on_cpu, is_large_block, records_gradients
 from ._norm import affine_of, watched
 
 __all__ = ['GlobalSelfAttention']
@@ -118,7 +118,24 @@ class GlobalSelfAttention(nn.Module):
     def project(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Query, key and value of a map (B, C, H, W), each (B, heads, C / heads, H, W); no key for position alone."""
         batch, _, height, width = x.shape
+        if not torch.jit.is_scripting():
+            if self._projects_in_parts(x):
+                weights = self.qkv.weight.split(self.dim)
+                biases = [None] * len(weights) if self.qkv.bias is None else self.qkv.bias.split(self.dim)
+                return [
+                    F.conv2d(x, weight, bias).reshape(batch, self.num_heads, self.head_dim, height, width)
+                    for weight, bias in zip(weights, biases, strict=True)
+                ]
         return self.qkv(x).reshape(batch, -1, self.num_heads, self.head_dim, height, width).unbind(1)
+
+    @torch.jit.unused
+    def _projects_in_parts(self, x: torch.Tensor) -> bool:
+        """Whether query, key and value in one, and its gradient, would be large blocks of memory of a CPU."""
+        return (
+            type(self.qkv) is nn.Conv2d and not watched(self.qkv)
+            and eager_on_cpu(x, *self.qkv.parameters())
+            and is_large_block(self.qkv.out_channels * x[:, 0].numel(), x)
+        )
 
     def _attend(
             self,
