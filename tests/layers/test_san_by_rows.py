@@ -175,6 +175,16 @@ def test_half_precision_takes_the_general_path(layer, by_rows):
     assert not by_rows
 
 
+@pytest.mark.parametrize('size', [14, 30])
+@pytest.mark.parametrize('kind', [PairwiseAttention, PatchwiseAttention])
+def test_training_mode_computes_alike_without_gradients(kind, size):
+    layer = kind(32, kernel_size=5).train()
+    x = torch.randn(2, 32, size, size)
+    with torch.no_grad():
+        expected = layer(x)
+    assert torch.equal(layer(x), expected)
+
+
 def test_large_batches_go_in_parts_at_inference(layer, monkeypatch):
     """As if a block of memory were large from two images on; the last part is smaller."""
     x = images(5, 9, 8)

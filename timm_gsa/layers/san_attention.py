@@ -20,7 +20,7 @@ from ..ops import (
     patch_network,
     subtraction,
 )
-from ..ops._paths import eager_on_cpu, in_parts, inference_on_cpu
+from ..ops._paths import eager_on_cpu, in_parts, inference_on_cpu, records_gradients
 from ..ops.neighbourhood import same_padding
 from ._norm import affine_of, affine_or_batch, update_running, watched, weight_and_bias
 
@@ -69,16 +69,18 @@ class _NeighbourhoodAttention(nn.Module):
         """Whether the weights are computed row by row of the neighbourhood, which keeps no relations.
 
         So on a CPU, but for training on small maps, where that saves little and takes longer; and only where every part
-        is of the kind known here and no hook watches or changes what lies between.
+        is of the kind known here and no hook watches or changes what lies between. Training mode decides alike with and
+        without gradients, as what norms make of a small batch shows every rounding.
         """
         norms = self.norm1, self.norm2
+        by_batch = all(type(norm) is nn.BatchNorm2d and norm.training for norm in norms)
         return (
             type(self.conv1) is type(self.conv2) is nn.Conv2d
             and type(self.act1) is type(self.act2) is nn.ReLU
             and not watched(*(child for name, child in self.named_children() if name != 'qkv'))
-            and (all(type(norm) is nn.BatchNorm2d and norm.training for norm in norms) or all(map(affine_of, norms)))
+            and (by_batch or all(map(affine_of, norms)))
             and eager_on_cpu(x, *self.parameters())
-            and (x[0, 0].numel() >= _LARGE or inference_on_cpu(x, *self.parameters()))
+            and (x[0, 0].numel() >= _LARGE or not (by_batch or records_gradients(x, *self.parameters())))
         )
 
     @torch.jit.unused

@@ -53,12 +53,10 @@ class SANStem(nn.Sequential):
     Before the pool the maps are as large as the images, with 64 channels in the authors' networks.
     """
 
-    conv: nn.Conv2d
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
             if self._goes_in_parts(x):
-                x = in_parts(self._up_to_pool, x, self.conv.out_channels * x[0, 0].numel())
+                x = in_parts(self._up_to_pool, x, len(self.get_parameter('conv.weight')) * x[0, 0].numel())
                 for module in list(self)[_POOL + 1:]:
                     x = module(x)
                 return x

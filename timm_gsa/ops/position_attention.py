@@ -97,6 +97,8 @@ def _known_to_be_the_same(rows: int, new_rows: int) -> bool:
     To ask for their equality would tie the program to the size it was made at; ONNX graphs would then be wrong at other
     sizes without an error.
     """
+    if torch.compiler.is_dynamo_compiling() and not hasattr(torch.compiler, 'is_exporting'):
+        return rows == new_rows  # dynamo before torch 2.7 cannot ask the other question
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # takes long to import
 
     return statically_known_true(rows == new_rows)
