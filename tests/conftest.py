@@ -23,6 +23,17 @@ CONTROL_SHAPE = dict(layers=(1, 2, 2, 1), channels=(32, 64, 96, 128), stem_type=
 WRAPPERS = r'^(body|model|graph_module)\.'  # of timm's feature extractors around a model
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption('--slow', action='store_true', help='run the tests marked slow as well')
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption('--slow'):
+        for item in items:
+            if item.get_closest_marker('slow'):
+                item.add_marker(pytest.mark.skip(reason='takes long: pytest --slow runs it'))
+
+
 @pytest.fixture(params=TINY)
 def ours(request: pytest.FixtureRequest) -> str:
     """Name of a tiny model of each kind."""
