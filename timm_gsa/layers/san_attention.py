@@ -72,6 +72,8 @@ class _NeighbourhoodAttention(nn.Module):
         is of the kind known here and no hook watches or changes what lies between. Training mode decides alike with and
         without gradients, as what norms make of a small batch shows every rounding.
         """
+        if not eager_on_cpu(x, *self.parameters()):
+            return False
         norms = self.norm1, self.norm2
         by_batch = all(type(norm) is nn.BatchNorm2d and norm.training for norm in norms)
         return (
@@ -79,15 +81,16 @@ class _NeighbourhoodAttention(nn.Module):
             and type(self.act1) is type(self.act2) is nn.ReLU
             and not watched(*(child for name, child in self.named_children() if name != 'qkv'))
             and (by_batch or all(map(affine_of, norms)))
-            and eager_on_cpu(x, *self.parameters())
             and (x[0, 0].numel() >= _LARGE or not (by_batch or records_gradients(x, *self.parameters())))
         )
 
     @torch.jit.unused
     def _goes_in_parts(self, x: torch.Tensor) -> bool:
         """Whether each image is computed by itself, and nobody sees that they are not computed at once."""
+        if watched(self.qkv) or not inference_on_cpu(x, *self.parameters()):
+            return False
         fixed = affine_of(self.norm1) is not None and affine_of(self.norm2) is not None
-        return fixed and not watched(self.qkv) and inference_on_cpu(x, *self.parameters()) and self._goes_by_rows(x)
+        return fixed and self._goes_by_rows(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():

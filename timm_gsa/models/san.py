@@ -73,12 +73,13 @@ class SANStem(nn.Sequential):
     @torch.jit.unused
     def _goes_in_parts(self, x: torch.Tensor) -> bool:
         """Whether each image is computed by itself, and nobody sees that they are not computed at once."""
+        if not inference_on_cpu(x, *self.parameters()):
+            return False
         conv, norm, act, pool = first = list(self)[:_POOL + 1]
         return (
             type(conv) is nn.Conv2d and type(act) is nn.ReLU and type(pool) is HalvingMaxPool
             and (type(norm) is nn.Identity or affine_of(norm) is not None)
             and not watched(*first)
-            and inference_on_cpu(x, *self.parameters())
         )
 
 
