@@ -144,12 +144,3 @@ def test_initialisation_has_the_documented_scale():
     assert layer.conv.weight.std().item() == pytest.approx(math.sqrt(2 / (384 * 9)), rel=0.02)
     assert layer.value.weight.std().item() == pytest.approx(math.sqrt(2 / 128), rel=0.02)
     assert layer.proj.weight.std().item() == pytest.approx(math.sqrt(2 / 128), rel=0.02)
-
-
-def test_loads_a_radius_without_an_axis():
-    """As weights published earlier hold it."""
-    layer, other = PriorAttention(20, radius=2.5), PriorAttention(20)
-    state = layer.state_dict()
-    assert state['radius'].shape == (1,)
-    other.load_state_dict({**state, 'radius': state['radius'].reshape(())})
-    assert other.radius.tolist() == [2.5]

@@ -96,12 +96,6 @@ class PriorAttention(nn.Module):
             nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
         nn.init.constant_(self.radius, self.init_radius)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        radius = state_dict.get(prefix + 'radius')
-        if radius is not None and radius.ndim == 0:  # of weights published before it had an axis
-            state_dict[prefix + 'radius'] = radius.reshape(1)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     def project(self, x: torch.Tensor) -> torch.Tensor:
         """Values of the attention branch, (B, attended channels, ceil(H / stride), ceil(W / stride))."""
         if self.stride == 2:
