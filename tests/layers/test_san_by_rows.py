@@ -3,27 +3,13 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 
 import timm_gsa.layers.san_attention as san_attention
 import timm_gsa.ops._paths as paths
 from timm_gsa.layers import PairwiseAttention, PatchwiseAttention
 
 from ..gradients import outputs_and_gradients
-
-
-@pytest.fixture(params=[PairwiseAttention, PatchwiseAttention])
-def layer(request):
-    """A layer in eval mode, all of whose norms do something; some of their factors are negative or 0."""
-    torch.manual_seed(0)
-    layer = request.param(48, kernel_size=5, dim_key=4, dim_out=24, num_groups=3).double().eval()
-    for norm in (layer.norm1, layer.norm2):
-        nn.init.normal_(norm.weight)
-        norm.weight.data[::7] = 0
-        nn.init.normal_(norm.bias)
-        nn.init.normal_(norm.running_mean)
-        nn.init.uniform_(norm.running_var, 0.5, 2)
-    return layer
+from .san_layers import CHANGES, images
 
 
 @pytest.fixture
@@ -35,22 +21,6 @@ def by_rows(monkeypatch):
         network = getattr(san_attention, name)
         monkeypatch.setattr(san_attention, name, lambda *args, network=network: calls.append(1) or network(*args))
     return calls
-
-
-@pytest.fixture
-def generally(monkeypatch):
-    """Calls a function on the general path."""
-    def call(function, *args):
-        with monkeypatch.context() as patch:
-            patch.setattr(san_attention, 'eager_on_cpu', lambda *tensors: False)
-            return function(*args)
-
-    return call
-
-
-def images(batch, height, width, channels_last=False):
-    x = torch.randn(batch, 48, height, width, dtype=torch.float64)
-    return x.contiguous(memory_format=torch.channels_last) if channels_last else x
 
 
 @pytest.mark.parametrize('channels_last', [False, True])
@@ -141,14 +111,7 @@ def test_training_on_large_maps_keeps_no_relations(kind):
     assert sum(held.values()) < weights + 8 * 4 * x.numel()
 
 
-@pytest.mark.parametrize('change', [
-    lambda layer: layer.norm2.train(),
-    lambda layer: setattr(layer, 'norm1', nn.GroupNorm(1, layer.norm1.num_features).double()),
-    lambda layer: setattr(layer, 'act2', nn.GELU()),
-    lambda layer: setattr(layer, 'conv1', nn.Sequential(layer.conv1)),
-    lambda layer: layer.norm2.register_forward_hook(lambda module, args, output: 2 * output),
-    lambda layer: layer.act1.register_forward_pre_hook(lambda module, args: (args[0] + 1,)),
-])
+@pytest.mark.parametrize('change', CHANGES)
 def test_layers_changed_by_hand_take_the_general_path(layer, by_rows, generally, change):
     change(layer)
     x = images(2, 6, 6)

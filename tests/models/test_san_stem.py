@@ -1,4 +1,4 @@
-"""The stem of SAN, which inference on a CPU computes in parts of the batch up to its pool."""
+"""The stem of SAN, which inference on a CPU computes in a form of its own up to its pool."""
 import pytest
 import timm
 import torch
@@ -51,3 +51,37 @@ def test_what_needs_the_whole_batch_gets_it(stem, parts, change):
     with torch.no_grad():
         stem(torch.randn(5, 3, 64, 64, dtype=torch.float64))
     assert parts == [5]
+
+
+def compiled(module):
+    torch._dynamo.reset()
+    return torch.compile(module, backend='aot_eager', fullgraph=True)
+
+
+@pytest.mark.parametrize('size', [(64, 64), (33, 70), (2, 3)])
+@pytest.mark.parametrize('in_chans', [1, 3, 4])
+def test_compiled_form_agrees_with_the_layers(parts, in_chans, size):
+    stem = timm.create_model('san_tiny_patchwise', in_chans=in_chans, dtype=torch.float64).conv1[:4].eval()
+    nn.init.normal_(stem.norm.running_mean)
+    nn.init.normal_(stem.norm.weight)
+    x = torch.randn(2, in_chans, *size, dtype=torch.float64)
+    expected = stem(x).detach()
+    fused = timm_gsa.fuse(stem)
+    parts.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(stem)(x), expected)
+        torch.testing.assert_close(compiled(fused)(x), expected)
+    assert not parts
+
+
+@pytest.mark.parametrize('change', [
+    lambda stem: stem.norm.train(),
+    lambda stem: setattr(stem, 'conv', nn.Conv2d(5, 32, kernel_size=1).double()),
+    lambda stem: stem.act.register_forward_hook(lambda module, args, output: None),
+])
+def test_what_the_compiled_form_cannot_do_goes_through_the_layers(stem, parts, change):
+    change(stem)
+    x = torch.randn(2, stem.conv.in_channels, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        compiled(stem)(x)
+    assert len(parts) == 1

@@ -20,7 +20,8 @@ from ..ops import (
     patch_network,
     subtraction,
 )
-from ..ops._paths import eager_on_cpu, in_parts, inference_on_cpu, records_gradients
+from ..ops._fusible import fusible_difference_attention, fusible_patch_attention
+from ..ops._paths import compiled_for_cpu, eager_on_cpu, in_parts, inference_on_cpu, records_gradients
 from ..ops.neighbourhood import same_padding
 from ._norm import affine_of, affine_or_batch, update_running, watched, weight_and_bias
 
@@ -74,23 +75,44 @@ class _NeighbourhoodAttention(nn.Module):
         """
         if not eager_on_cpu(x, *self.parameters()):
             return False
-        norms = self.norm1, self.norm2
-        by_batch = all(type(norm) is nn.BatchNorm2d and norm.training for norm in norms)
+        by_batch = all(type(norm) is nn.BatchNorm2d and norm.training for norm in (self.norm1, self.norm2))
+        return (
+            self._is_known()
+            and (by_batch or self._has_fixed_norms())
+            and (x[0, 0].numel() >= _LARGE or not (by_batch or records_gradients(x, *self.parameters())))
+        )
+
+    @torch.jit.unused
+    def _goes_fused(self, x: torch.Tensor) -> bool:
+        """Whether a compiler for a CPU is given the form that it does best: in inference."""
+        return (
+            compiled_for_cpu(x, *self.parameters())
+            and not records_gradients(x, *self.parameters())
+            and self._is_known()
+            and self._has_fixed_norms()
+        )
+
+    def _is_known(self) -> bool:
+        """Whether all between projection and weights is of the kind known here, and no hook watches or changes it."""
         return (
             type(self.conv1) is type(self.conv2) is nn.Conv2d
             and type(self.act1) is type(self.act2) is nn.ReLU
             and not watched(*(child for name, child in self.named_children() if name != 'qkv'))
-            and (by_batch or all(map(affine_of, norms)))
-            and (x[0, 0].numel() >= _LARGE or not (by_batch or records_gradients(x, *self.parameters())))
         )
+
+    def _has_fixed_norms(self) -> bool:
+        return affine_of(self.norm1) is not None and affine_of(self.norm2) is not None
+
+    def _fixed_norms(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Factor and shift of both norms, where both are fixed."""
+        return [affine for affine in map(affine_of, (self.norm1, self.norm2)) if affine is not None]
 
     @torch.jit.unused
     def _goes_in_parts(self, x: torch.Tensor) -> bool:
         """Whether each image is computed by itself, and nobody sees that they are not computed at once."""
         if watched(self.qkv) or not inference_on_cpu(x, *self.parameters()):
             return False
-        fixed = affine_of(self.norm1) is not None and affine_of(self.norm2) is not None
-        return fixed and self._goes_by_rows(x)
+        return self._has_fixed_norms() and self._goes_by_rows(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
@@ -100,10 +122,17 @@ class _NeighbourhoodAttention(nn.Module):
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
         query, key, value = self.project(x)
+        if not torch.jit.is_scripting():
+            if self._goes_fused(query):
+                return self._fused(query, key, value)
         return aggregation(value, self.attention(query, key), self.kernel_size, self.dilation)
 
     def attention(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """Weights (B, G, K * K, H, W) of every position's neighbours."""
+        raise NotImplementedError
+
+    def _fused(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """`aggregation` by `attention`, for a compiler."""
         raise NotImplementedError
 
     def project(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -166,11 +195,7 @@ class PairwiseAttention(_NeighbourhoodAttention):
     def attention(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """Weights (B, G, K * K, H, W) that sum to 1 over the places."""
         batch, _, height, width = query.shape
-        grid = coordinates(height, width, query.device, self.position.weight.dtype)
-        # Not a call of the convolution, whose half precision (autocast too) leaves neighbouring positions hardly apart.
-        bias = self.position.bias
-        assert bias is not None  # for TorchScript, which takes the bias of any convolution for optional
-        position = ((self.position.weight * grid).sum(1) + bias[:, None, None]).unsqueeze(0)
+        position = self.mapped_position(query)
         if not torch.jit.is_scripting():
             if self._goes_by_rows(query):
                 return self._logits_by_rows(query, key, position).softmax(2)
@@ -181,6 +206,34 @@ class PairwiseAttention(_NeighbourhoodAttention):
         weight = self.conv2(self.act2(self.norm2(weight)))
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         return weight.softmax(2, dtype=wide).unflatten(3, (height, width))
+
+    def mapped_position(self, query: torch.Tensor) -> torch.Tensor:
+        """Coordinates of a map's positions as `position` maps them, (1, 2, H, W)."""
+        grid = coordinates(query.shape[-2], query.shape[-1], query.device, self.position.weight.dtype)
+        # Not a call of the convolution, whose half precision (autocast too) leaves neighbouring positions hardly apart.
+        bias = self.position.bias
+        assert bias is not None  # for TorchScript, which takes the bias of any convolution for optional
+        return ((self.position.weight * grid).sum(1) + bias[:, None, None]).unsqueeze(0)
+
+    @torch.jit.unused
+    def _fused(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Inference; the first norm acts on query and key, the second on what `conv1` gives."""
+        (scale1, shift1), (scale2, shift2) = self._fixed_norms()
+        scale, scale_position = scale1[:, None, None].split([self.dim_key, 2])
+        shift, shift_position = shift1[:, None, None].split([self.dim_key, 2])
+        position = self.mapped_position(query)
+        return fusible_difference_attention(
+            query * scale + shift,
+            key * scale,
+            value,
+            position * scale_position + shift_position,
+            position * scale_position,
+            self.conv1.weight[:, :, 0, 0] * scale2[:, None],
+            shift2,
+            self.conv2.weight[:, :, 0, 0],
+            self.kernel_size,
+            self.dilation,
+        )
 
     @torch.jit.unused
     def _logits_by_rows(self, query: torch.Tensor, key: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
@@ -266,6 +319,26 @@ class PatchwiseAttention(_NeighbourhoodAttention):
             weight = self.conv1(self.act1(self.norm1(weight)))
         weight = self.conv2(self.act2(self.norm2(weight)))
         return weight.unflatten(1, (self.num_groups, -1))
+
+    @torch.jit.unused
+    def _fused(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Inference; the first norm acts on query and patches, the second on what `conv1` gives."""
+        (scale1, shift1), (scale2, shift2) = self._fixed_norms()
+        bias2 = self.conv2.bias
+        assert bias2 is not None
+        return fusible_patch_attention(
+            query,
+            key,
+            value,
+            scale1,
+            shift1,
+            self.conv1.weight[:, :, 0, 0] * scale2[:, None],
+            shift2,
+            self.conv2.weight[:, :, 0, 0],
+            bias2,
+            self.kernel_size,
+            self.dilation,
+        )
 
     @torch.jit.unused
     def _hidden_by_rows(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

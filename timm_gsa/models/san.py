@@ -8,6 +8,7 @@ running statistics; all six parameter counts and costs. The authors' checkpoints
 maps smaller than reflection allows, `output_stride` (the authors' networks have none), stochastic depth, the form for
 small images and the tiny networks.
 """
+import functools
 import re
 from collections import OrderedDict
 from typing import Any
@@ -22,7 +23,8 @@ from timm.models.resnet import Bottleneck, ResNet
 
 from ..layers import PairwiseAttention, PatchwiseAttention
 from ..layers._norm import affine_of, watched
-from ..ops._paths import in_parts, inference_on_cpu
+from ..ops._fusible import buffered
+from ..ops._paths import compiled_for_cpu, in_parts, inference_on_cpu, records_gradients
 from ._zoo import SMALL_STEM, check_stem, cifar100_cfg, create_from_zoo, default_cfg, zoo_cfgs
 
 __all__ = ['SAN', 'SANBlock', 'checkpoint_filter_fn']
@@ -48,7 +50,7 @@ class HalvingMaxPool(nn.Module):
 
 
 class SANStem(nn.Sequential):
-    """First convolution, pool and stage 0; in inference on a CPU up to the pool in parts of the batch.
+    """First convolution, pool and stage 0; up to the pool in a form of its own in inference on a CPU.
 
     Before the pool the maps are as large as the images, with 64 channels in the authors' networks.
     """
@@ -57,9 +59,9 @@ class SANStem(nn.Sequential):
         if not torch.jit.is_scripting():
             if self._goes_in_parts(x):
                 x = in_parts(self._up_to_pool, x, len(self.get_parameter('conv.weight')) * x[0, 0].numel())
-                for module in list(self)[_POOL + 1:]:
-                    x = module(x)
-                return x
+                return self._from_pool(x)
+            if self._goes_fused(x):
+                return self._from_pool(self._fused(x))
         for module in self:
             x = module(x)
         return x
@@ -71,10 +73,52 @@ class SANStem(nn.Sequential):
         return x
 
     @torch.jit.unused
+    def _from_pool(self, x: torch.Tensor) -> torch.Tensor:
+        for module in list(self)[_POOL + 1:]:
+            x = module(x)
+        return x
+
+    @torch.jit.unused
+    def _fused(self, x: torch.Tensor) -> torch.Tensor:
+        """Up to the pool, for a compiler: one loop, which keeps no map of the image's size."""
+        conv = self.get_submodule('conv')
+        assert isinstance(conv, nn.Conv2d)
+        weight, bias = conv.weight[:, :, 0, 0], conv.bias
+        affine = affine_of(self.get_submodule('norm'))
+        if affine is not None:
+            scale, shift = affine
+            weight = weight * scale[:, None]
+            bias = shift if bias is None else bias * scale + shift
+        rows = buffered(*weight.unbind(1))
+        height, width = x.shape[-2] // 2 * 2, x.shape[-1] // 2 * 2
+        x = x.movedim(1, -1).unsqueeze(-1)
+
+        def mapped(top: int, left: int) -> torch.Tensor:
+            pixels = x[:, top:height:2, left:width:2]
+            terms = (pixels[..., channel, :] * row for channel, row in enumerate(rows))
+            return functools.reduce(torch.add, terms)
+
+        pooled = torch.maximum(torch.maximum(mapped(0, 0), mapped(0, 1)), torch.maximum(mapped(1, 0), mapped(1, 1)))
+        # What is the same for all four pixels follows the maximum, which a rectifier commutes with.
+        return (pooled if bias is None else pooled + bias).relu().movedim(-1, 1)
+
+    @torch.jit.unused
     def _goes_in_parts(self, x: torch.Tensor) -> bool:
         """Whether each image is computed by itself, and nobody sees that they are not computed at once."""
-        if not inference_on_cpu(x, *self.parameters()):
-            return False
+        return inference_on_cpu(x, *self.parameters()) and self._is_known()
+
+    @torch.jit.unused
+    def _goes_fused(self, x: torch.Tensor) -> bool:
+        """Whether a compiler for a CPU is given the form that it does best: in inference, for a few colours."""
+        return (
+            compiled_for_cpu(x, *self.parameters())
+            and not records_gradients(x, *self.parameters())
+            and self._is_known()
+            and self.get_parameter('conv.weight').shape[1] <= _COLOURS
+        )
+
+    def _is_known(self) -> bool:
+        """Whether all up to the pool is of the kind known here, with a fixed norm, and no hook watches it."""
         conv, norm, act, pool = first = list(self)[:_POOL + 1]
         return (
             type(conv) is nn.Conv2d and type(act) is nn.ReLU and type(pool) is HalvingMaxPool
@@ -84,6 +128,7 @@ class SANStem(nn.Sequential):
 
 
 _POOL = 3  # place of the pool in the stem
+_COLOURS = 4  # at most, where the stem is one loop
 
 
 class SANBlock(nn.Module):

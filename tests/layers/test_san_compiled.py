@@ -1,0 +1,94 @@
+"""SAN attention in the form that a compiler for a CPU gets in inference, against the general path."""
+import copy
+import shutil
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import timm_gsa.layers.san_attention as san_attention
+from timm_gsa.layers import PairwiseAttention, PatchwiseAttention
+
+from .san_layers import CHANGES, images
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled_code():
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Counts how often the form for a compiler is traced."""
+    calls = []
+    for name in ('fusible_difference_attention', 'fusible_patch_attention'):
+        attention = getattr(san_attention, name)
+        monkeypatch.setattr(san_attention, name, lambda *args, attention=attention: calls.append(1) or attention(*args))
+    return calls
+
+
+def compiled(module):
+    return torch.compile(module, backend='aot_eager', fullgraph=True)
+
+
+@pytest.mark.parametrize('channels_last', [False, True])
+@pytest.mark.parametrize('shape', [(1, 1, 1), (2, 2, 7), (3, 11, 6)])
+def test_agrees_with_the_general_path(layer, fused, generally, shape, channels_last):
+    x = images(*shape, channels_last)
+    expected = generally(layer, x).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(layer)(x), expected)
+    assert len(fused) == 1
+
+
+@pytest.mark.parametrize('kind', [PairwiseAttention, PatchwiseAttention])
+@pytest.mark.parametrize('window', [(1, 1), (3, 4), (7, 2)])
+def test_windows_of_every_kind(kind, fused, generally, window):
+    layer = kind(32, kernel_size=window[0], dilation=window[1]).double().eval()
+    x = torch.randn(2, 32, 17, 9, dtype=torch.float64)
+    expected = generally(layer, x).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(layer)(x), expected)
+    assert len(fused) == 1
+
+
+def test_one_graph_for_all_sizes(layer, generally):
+    inputs = [images(*shape) for shape in ((2, 11, 6), (3, 9, 14), (5, 8, 8), (2, 3, 40))]
+    expected = [generally(layer, x).detach() for x in inputs]
+    counter = CompileCounterWithBackend('aot_eager')
+    run = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for x, out in zip(inputs, expected, strict=True):
+            torch.testing.assert_close(run(x), out)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize('change', CHANGES)
+def test_layers_changed_by_hand_take_the_general_path(layer, fused, generally, change):
+    change(layer)
+    x = images(2, 6, 6)
+    expected = generally(copy.deepcopy(layer), x).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(layer)(x), expected)
+    assert not fused
+
+
+def test_gradients_autocast_and_half_precision_take_the_general_path(layer, fused):
+    compiled(layer)(images(2, 6, 6)).sum().backward()
+    with torch.no_grad(), torch.autocast('cpu', dtype=torch.bfloat16):
+        compiled(layer.float())(images(2, 6, 6).float())
+    with torch.no_grad():
+        compiled(layer.bfloat16())(images(2, 6, 6).bfloat16())
+    assert not fused
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which('g++'), reason='the CPU code of inductor needs a C++ compiler')
+@pytest.mark.skipif(torch.__version__.startswith('2.5.'), reason='inductor of torch 2.5 fails at its CPU code')
+@pytest.mark.parametrize('channels_last', [False, True])
+def test_compiled_code_agrees_with_eager_mode(layer, channels_last):
+    run = torch.compile(layer, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for shape in ((2, 11, 6), (3, 9, 14)):
+            x = images(*shape, channels_last)
+            torch.testing.assert_close(run(x), layer(x))
