@@ -227,10 +227,10 @@ def in_one(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize('kwargs', [dict(stride=1), dict(stride=2), dict(qkv_bias=True)])
 @pytest.mark.parametrize('size', [(6, 6), (5, 9), (1, 1)])
-def test_inference_in_one_operation_agrees_with_the_steps(in_one, size, stride):
-    layer, x = layer_of(6, stride=stride).eval(), image(*size)
+def test_inference_in_one_operation_agrees_with_the_steps(in_one, size, kwargs):
+    layer, x = layer_of(6, **kwargs).eval(), image(*size)
     expected = layer(x)
     assert not in_one and expected.requires_grad
     with torch.no_grad():
@@ -243,6 +243,8 @@ def test_inference_in_one_operation_agrees_with_the_steps(in_one, size, stride):
     lambda layer: setattr(layer, 'norm', nn.GroupNorm(1, 6).double()),
     lambda layer: layer.norm.register_forward_hook(lambda norm, args, out: 2 * out),
     lambda layer: layer.norm.register_forward_pre_hook(lambda norm, args: (args[0] + 1,)),
+    lambda layer: layer.qkv.register_forward_hook(lambda qkv, args, out: 2 * out),
+    lambda layer: setattr(layer, 'qkv', nn.Sequential(layer.qkv)),
 ])
 def test_layers_changed_by_hand_go_step_by_step(in_one, change):
     layer, x = layer_of(6).eval(), image(6, 6)
@@ -251,23 +253,6 @@ def test_layers_changed_by_hand_go_step_by_step(in_one, change):
     with torch.no_grad():
         torch.testing.assert_close(layer(x), expected)
     assert not in_one
-
-
-@pytest.mark.parametrize('stride', [1, 2])
-def test_large_batches_go_in_parts_at_inference(monkeypatch, stride):
-    layer, x = layer_of(6, stride=stride).eval(), torch.randn(5, 6, 7, 6, dtype=torch.float64)
-    expected = layer(x).detach()
-    batches = []
-    layer.qkv.weight.requires_grad_(False)
-    project = layer.project
-    monkeypatch.setattr(layer, 'project', lambda part: batches.append(len(part)) or project(part))
-    monkeypatch.setattr(paths, '_LARGEST_BLOCK', 2 * 2 * 3 * 6 * 42 * 8)
-    with torch.no_grad():
-        torch.testing.assert_close(layer(x), expected)
-        assert batches == [2, 2, 1]
-        layer.norm.train()
-        layer(x)
-    assert batches[3:] == [5]
 
 
 @pytest.mark.parametrize('qkv_bias', [False, True])

@@ -7,31 +7,47 @@ from timm_gsa.ops import global_attention, global_attention_reference
 from ..gradients import outputs_and_gradients
 
 
-def inputs(height, width, batch=3, heads=2, channels=3, dtype=torch.float64):
-    """Slices of a common projection, tables, and factor and shift."""
-    qkv = torch.randn(batch, 3, heads, channels, height, width, dtype=dtype)
-    tables = (torch.randn(2 * length - 1, channels, dtype=dtype) for length in (height, width))
-    return *qkv.unbind(1), *tables, *torch.randn(2, heads * channels, dtype=dtype)
+def inputs(height, width, batch=3, heads=2, depth=3, bias=True, dtype=torch.float64):
+    """Map, projection, tables, and factor and shift."""
+    channels = heads * depth
+    tables = (torch.randn(2 * length - 1, depth, dtype=dtype) for length in (height, width))
+    return (
+        torch.randn(batch, channels, height, width, dtype=dtype),
+        torch.randn(3 * channels, channels, dtype=dtype) / channels ** 0.5,
+        torch.randn(3 * channels, dtype=dtype) if bias else None,
+        *tables,
+        *torch.randn(2, channels, dtype=dtype),
+    )
 
 
+@pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('height, width', [(1, 1), (1, 9), (8, 1), (5, 7), (33, 18), (90, 61)])
-def test_agrees_with_its_parts(height, width):
-    tensors = inputs(height, width)
-    out = global_attention(*tensors)
-    assert out.is_contiguous()
-    torch.testing.assert_close(out, global_attention_reference(*tensors), rtol=1e-9, atol=1e-9)
+def test_agrees_with_its_parts(height, width, bias):
+    tensors = inputs(height, width, bias=bias)
+    torch.testing.assert_close(
+        global_attention(*tensors), global_attention_reference(*tensors), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize('channels_last', [False, True])
-def test_takes_any_memory_layout(channels_last):
-    query, key, value, *more = inputs(6, 5)
-    expected = global_attention(query, key, value, *more)
-    laid_out = [x.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2) for x in (query, key, value)]
-    torch.testing.assert_close(global_attention(*laid_out, *more), expected)
+@pytest.mark.parametrize('size', [(6, 5), (40, 30)])
+def test_takes_and_keeps_any_memory_layout(size):
+    x, *more = inputs(*size)
+    expected = global_attention(x, *more)
+    assert expected.is_contiguous()
+    slices = x.repeat(1, 2, 1, 2)[:, :6, :, :size[1]]
+    for laid_out in (x.contiguous(memory_format=torch.channels_last), x.mT.contiguous().mT, slices):
+        out = global_attention(laid_out, *more)
+        torch.testing.assert_close(out, expected)
+        assert out.stride() == torch.empty_like(laid_out).stride()
+
+
+def test_is_a_sound_operator():
+    for bias in (True, False):
+        tensors = inputs(5, 7, bias=bias)
+        torch.library.opcheck(torch.ops.timm_gsa.global_attention.default, tensors)
 
 
 def test_float32_is_as_close_as_its_parts():
-    exact = inputs(20, 28, heads=4, channels=8)
+    exact = inputs(20, 28, heads=4, depth=8)
     single = [x.float() for x in exact]
     expected = global_attention_reference(*exact)
     ours, parts = (

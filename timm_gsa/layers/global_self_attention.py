@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.layers import LayerType, get_norm_layer, register_notrace_module, to_2tuple
 
 from ..ops import column_attention, content_attention, global_attention, resize_relative_table, row_attention
-from ..ops._paths import compiled_for_cpu, eager_on_cpu, in_parts, inference_on_cpu, is_large_block, records_gradients
+from ..ops._paths import compiled_for_cpu, eager_on_cpu, is_large_block, records_gradients
 from ._norm import affine_of, watched
 
 __all__ = ['GlobalSelfAttention']
@@ -137,61 +137,41 @@ class GlobalSelfAttention(nn.Module):
             and is_large_block(self.qkv.out_channels * x[:, 0].numel(), x)
         )
 
-    def _attend(
-            self,
-            query: torch.Tensor,
-            key: torch.Tensor,
-            value: torch.Tensor,
-            rel_h: torch.Tensor,
-            rel_w: torch.Tensor,
-    ) -> torch.Tensor:
-        if not torch.jit.is_scripting():
-            affine = self._affine_norm(query)
-            if affine is not None:
-                return global_attention(query, key, value, rel_h, rel_w, *affine)
-        batch, _, _, height, width = query.shape
-        column = column_attention(query, value, rel_h).reshape(batch, self.dim, height, width)
-        position = row_attention(query, self.norm(column).reshape(value.shape), rel_w)
-        return content_attention(query, key, value) + position
-
-    @torch.jit.unused
-    def _affine_norm(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Factor and shift of the norm where inference may compute it along with the attention, else None."""
-        tensors = x, *self.parameters()
-        on_cpu = eager_on_cpu(*tensors) or compiled_for_cpu(*tensors)
-        if watched(self.norm) or records_gradients(*tensors) or not on_cpu:
-            return None
-        return affine_of(self.norm)
-
-    @torch.jit.unused
-    def _goes_in_parts(self, x: torch.Tensor) -> bool:
-        """Whether each image is computed by itself, and nobody sees that they are not computed at once."""
-        return inference_on_cpu(x, *self.parameters()) and not watched(self.qkv) and self._affine_norm(x) is not None
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting():
-            if self._goes_in_parts(x):
-                return in_parts(self._forward, x, 3 * x[0].numel())
-        return self._forward(x)
-
-    def _forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch, _, height, width = x.shape
-        parts = self.project(x)
-        query, value = parts[0], parts[-1]
-        if self.rel_h is None or self.rel_w is None:
-            out = content_attention(query, parts[1], value)
-        else:
-            rel_h = resize_relative_table(self.rel_h, height).to(query.dtype)
-            rel_w = resize_relative_table(self.rel_w, width).to(query.dtype)
-            if self.branches == 'both':
-                out = self._attend(query, parts[1], value, rel_h, rel_w)
-            else:
-                column = column_attention(query, value, rel_h).reshape(batch, self.dim, height, width)
-                out = row_attention(query, self.norm(column).reshape(value.shape), rel_w)
-        out = out.reshape(batch, self.dim, height, width)
+        out = self._attend(x)
         if self.stride == 2:
             out = _halved(out)
         return out
+
+    def _attend(self, x: torch.Tensor) -> torch.Tensor:
+        batch, _, height, width = x.shape
+        if self.rel_h is None or self.rel_w is None:
+            parts = self.project(x)
+            return content_attention(parts[0], parts[1], parts[2]).reshape(x.shape)
+        rel_h = resize_relative_table(self.rel_h, height)
+        rel_w = resize_relative_table(self.rel_w, width)
+        if not torch.jit.is_scripting():
+            affine = self._affine_norm(x)
+            if affine is not None:
+                return global_attention(x, self.qkv.weight[:, :, 0, 0], self.qkv.bias, rel_h, rel_w, *affine)
+        parts = self.project(x)
+        query, value = parts[0], parts[-1]
+        rel_h, rel_w = rel_h.to(query.dtype), rel_w.to(query.dtype)
+        column = column_attention(query, value, rel_h).reshape(x.shape)
+        out = row_attention(query, self.norm(column).reshape(value.shape), rel_w)
+        if self.branches == 'both':
+            out = content_attention(query, parts[1], value) + out
+        return out.reshape(x.shape)
+
+    @torch.jit.unused
+    def _affine_norm(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Factor and shift of the norm where inference may compute all in one operation, else None."""
+        tensors = x, *self.parameters()
+        if self.branches != 'both' or type(self.qkv) is not nn.Conv2d or watched(self.qkv, self.norm):
+            return None
+        if records_gradients(*tensors) or not (eager_on_cpu(*tensors) or compiled_for_cpu(*tensors)):
+            return None
+        return affine_of(self.norm)
 
 
 def _halved(x: torch.Tensor) -> torch.Tensor:

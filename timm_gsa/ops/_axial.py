@@ -34,9 +34,8 @@ def from_columns(columns: torch.Tensor, out: torch.Tensor) -> None:
     turned.copy_(columns.view(turned.shape))
 
 
-def image_blocks(query: torch.Tensor) -> Iterator[slice]:
-    """Images whose logits along a column, of a query (B, heads, d, H, W), are computed at once; at least one."""
-    batch, heads, _, height, width = query.shape
+def image_blocks(batch: int, heads: int, height: int, width: int) -> Iterator[slice]:
+    """Images whose logits along a column are computed at once; at least one."""
     images = max(1, _BLOCK // (heads * height * height * width))
     return (slice(first, first + images) for first in range(0, batch, images))
 
@@ -54,13 +53,18 @@ def gather(query: torch.Tensor, embedding: torch.Tensor, value: torch.Tensor) ->
     Args:
         query: (H, n, d) by `by_rows`.
         embedding: (H, d, H) by `unfolded`.
-        value: (n, H, e) by `by_columns`.
+        value: (n, H, e) as `by_columns` lays it out, in any order in memory.
 
     Returns:
-        Tensor of the shape of `value`.
+        Contiguous tensor of the shape of `value`.
     """
-    out = torch.empty_like(value)
+    out = value.new_empty(value.shape)
+    length = query.shape[0]
+    held = None
     for block in column_blocks(query):
-        logits = torch.bmm(query[:, block], embedding)
-        torch.bmm(logits.transpose(0, 1), value[block], out=out[block])
+        columns = len(out[block])
+        if held is None or held.shape[1] != columns:  # the last block may be smaller
+            held = query.new_empty(length, columns, length)
+        torch.bmm(query[:, block], embedding, out=held)
+        torch.bmm(held.transpose(0, 1), value[block], out=out[block])
     return out

@@ -139,7 +139,8 @@ def _blocked(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> t
     """
     embedding = unfolded(table, query.shape[-2])
     out = torch.empty_like(value)
-    for images in image_blocks(query):
+    batch, heads, _, height, width = query.shape
+    for images in image_blocks(batch, heads, height, width):
         found = gather(by_rows(query[images]), embedding, by_columns(value[images]))
         from_columns(found, out[images])
     return out
@@ -161,7 +162,8 @@ def _blocked_backward(
     embedding = unfolded(table, length)
     grad_query, grad_value = torch.empty_like(query), torch.empty_like(value)
     grad_embedding = torch.zeros_like(embedding)
-    for images in image_blocks(query):
+    batch, heads, _, height, width = query.shape
+    for images in image_blocks(batch, heads, height, width):
         q, v, g = by_rows(query[images]), by_columns(value[images]), by_columns(grad[images])
         grad_q, grad_v = torch.empty_like(q), torch.empty_like(v)
         for block in column_blocks(q):
