@@ -198,7 +198,10 @@ class PairwiseAttention(_NeighbourhoodAttention):
         position = self.mapped_position(query)
         if not torch.jit.is_scripting():
             if self._goes_by_rows(query):
-                return self._logits_by_rows(query, key, position).softmax(2)
+                logits = self._logits_by_rows(query, key, position)
+                if self._has_fixed_norms() and not records_gradients(logits):
+                    return _softmax_over_places_(logits)
+                return logits.softmax(2)
         relation = subtraction(query, key, self.kernel_size, self.dilation)
         offset = subtraction(position, position, self.kernel_size, self.dilation).to(relation.dtype)
         weight = torch.cat([relation, offset.expand(batch, -1, -1, -1, -1)], dim=1).flatten(3)
@@ -256,6 +259,14 @@ class PairwiseAttention(_NeighbourhoodAttention):
             query, key, weight1, scale, shift, self.norm2.eps, weight2, bias2, *window)
         update_running(self.norm2, mean, variance, count)
         return logits
+
+
+def _softmax_over_places_(logits: torch.Tensor) -> torch.Tensor:
+    """logits.softmax(2) in their own memory and image by image, as a second block of that size costs more."""
+    for image in logits:
+        image.sub_(image.amax(1, keepdim=True)).exp_()
+        image.div_(image.sum(1, keepdim=True))
+    return logits
 
 
 @register_notrace_module  # works on shapes in Python
