@@ -20,14 +20,14 @@ from ..ops import (
     patch_network,
     subtraction,
 )
-from ..ops._fusible import fusible_difference_attention, fusible_patch_attention
+from ..ops._innermost import difference_attention, patch_attention
 from ..ops._paths import compiled_for_cpu, eager_on_cpu, in_parts, inference_on_cpu, records_gradients
 from ..ops.neighbourhood import same_padding
 from ._norm import affine_of, affine_or_batch, update_running, watched, weight_and_bias
 
 __all__ = ['PairwiseAttention', 'PatchwiseAttention']
 
-# Positions of a map from which on training recomputes relations rather than keeping them.
+# Positions of a map from which on training recomputes relations rather than keeping them, and inference goes by rows.
 _LARGE = 28 * 28
 
 
@@ -83,14 +83,14 @@ class _NeighbourhoodAttention(nn.Module):
         )
 
     @torch.jit.unused
-    def _goes_fused(self, x: torch.Tensor) -> bool:
-        """Whether a compiler for a CPU is given the form that it does best: in inference."""
-        return (
-            compiled_for_cpu(x, *self.parameters())
-            and not records_gradients(x, *self.parameters())
-            and self._is_known()
-            and self._has_fixed_norms()
-        )
+    def _goes_innermost(self, x: torch.Tensor) -> bool:
+        """Whether all is computed with channels innermost: in inference on a CPU, eagerly on small maps alone."""
+        tensors = x, *self.parameters()
+        if compiled_for_cpu(*tensors):
+            faster = not records_gradients(*tensors)
+        else:
+            faster = inference_on_cpu(*tensors) and x[0, 0].numel() < _LARGE
+        return faster and self._is_known() and self._has_fixed_norms()
 
     def _is_known(self) -> bool:
         """Whether all between projection and weights is of the kind known here, and no hook watches or changes it."""
@@ -123,16 +123,17 @@ class _NeighbourhoodAttention(nn.Module):
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
         query, key, value = self.project(x)
         if not torch.jit.is_scripting():
-            if self._goes_fused(query):
-                return self._fused(query, key, value)
+            if self._goes_innermost(query):
+                out = self._innermost(query, key, value)
+                return out.contiguous() if not torch.compiler.is_compiling() and x.is_contiguous() else out
         return aggregation(value, self.attention(query, key), self.kernel_size, self.dilation)
 
     def attention(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """Weights (B, G, K * K, H, W) of every position's neighbours."""
         raise NotImplementedError
 
-    def _fused(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """`aggregation` by `attention`, for a compiler."""
+    def _innermost(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """`aggregation` by `attention`, with channels innermost; inference."""
         raise NotImplementedError
 
     def project(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -219,13 +220,13 @@ class PairwiseAttention(_NeighbourhoodAttention):
         return ((self.position.weight * grid).sum(1) + bias[:, None, None]).unsqueeze(0)
 
     @torch.jit.unused
-    def _fused(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Inference; the first norm acts on query and key, the second on what `conv1` gives."""
+    def _innermost(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """The first norm acts on query and key, the second on what `conv1` gives."""
         (scale1, shift1), (scale2, shift2) = self._fixed_norms()
         scale, scale_position = scale1[:, None, None].split([self.dim_key, 2])
         shift, shift_position = shift1[:, None, None].split([self.dim_key, 2])
         position = self.mapped_position(query)
-        return fusible_difference_attention(
+        return difference_attention(
             query * scale + shift,
             key * scale,
             value,
@@ -332,12 +333,12 @@ class PatchwiseAttention(_NeighbourhoodAttention):
         return weight.unflatten(1, (self.num_groups, -1))
 
     @torch.jit.unused
-    def _fused(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Inference; the first norm acts on query and patches, the second on what `conv1` gives."""
+    def _innermost(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """The first norm acts on query and patches, the second on what `conv1` gives."""
         (scale1, shift1), (scale2, shift2) = self._fixed_norms()
         bias2 = self.conv2.bias
         assert bias2 is not None
-        return fusible_patch_attention(
+        return patch_attention(
             query,
             key,
             value,

@@ -23,7 +23,7 @@ from timm.models.resnet import Bottleneck, ResNet
 
 from ..layers import PairwiseAttention, PatchwiseAttention
 from ..layers._norm import affine_of, watched
-from ..ops._fusible import buffered
+from ..ops._innermost import buffered
 from ..ops._paths import compiled_for_cpu, inference_on_cpu, records_gradients
 from ._zoo import SMALL_STEM, check_stem, cifar100_cfg, create_from_zoo, default_cfg, zoo_cfgs
 

@@ -1,4 +1,4 @@
-"""SAN attention in the form that a compiler for a CPU gets in inference, against the general path."""
+"""SAN attention with channels innermost against the general path: inference on a CPU, compiled, or on small maps."""
 import copy
 import shutil
 
@@ -18,38 +18,50 @@ def forget_compiled_code():
 
 
 @pytest.fixture
-def fused(monkeypatch):
-    """Counts how often the form for a compiler is traced."""
+def innermost(monkeypatch):
+    """Counts how often this form is computed or traced."""
     calls = []
-    for name in ('fusible_difference_attention', 'fusible_patch_attention'):
+    for name in ('difference_attention', 'patch_attention'):
         attention = getattr(san_attention, name)
         monkeypatch.setattr(san_attention, name, lambda *args, attention=attention: calls.append(1) or attention(*args))
     return calls
+
+
+def eager(module):
+    return module
 
 
 def compiled(module):
     return torch.compile(module, backend='aot_eager', fullgraph=True)
 
 
+both = pytest.mark.parametrize('mode', [eager, compiled])
+
+
+@both
 @pytest.mark.parametrize('channels_last', [False, True])
 @pytest.mark.parametrize('shape', [(1, 1, 1), (2, 2, 7), (3, 11, 6)])
-def test_agrees_with_the_general_path(layer, fused, generally, shape, channels_last):
+def test_agrees_with_the_general_path(layer, innermost, generally, mode, shape, channels_last):
     x = images(*shape, channels_last)
     expected = generally(layer, x).detach()
     with torch.no_grad():
-        torch.testing.assert_close(compiled(layer)(x), expected)
-    assert len(fused) == 1
+        out = mode(layer)(x)
+    torch.testing.assert_close(out, expected)
+    assert len(innermost) == 1
+    if mode is eager and shape[1:] != (1, 1):
+        assert out.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
+@both
 @pytest.mark.parametrize('kind', [PairwiseAttention, PatchwiseAttention])
 @pytest.mark.parametrize('window', [(1, 1), (3, 4), (7, 2)])
-def test_windows_of_every_kind(kind, fused, generally, window):
+def test_windows_of_every_kind(kind, innermost, generally, mode, window):
     layer = kind(32, kernel_size=window[0], dilation=window[1]).double().eval()
     x = torch.randn(2, 32, 17, 9, dtype=torch.float64)
     expected = generally(layer, x).detach()
     with torch.no_grad():
-        torch.testing.assert_close(compiled(layer)(x), expected)
-    assert len(fused) == 1
+        torch.testing.assert_close(mode(layer)(x), expected)
+    assert len(innermost) == 1
 
 
 def test_one_graph_for_all_sizes(layer, generally):
@@ -63,23 +75,33 @@ def test_one_graph_for_all_sizes(layer, generally):
     assert counter.frame_count == 1
 
 
+@both
 @pytest.mark.parametrize('change', CHANGES)
-def test_layers_changed_by_hand_take_the_general_path(layer, fused, generally, change):
+def test_layers_changed_by_hand_take_the_general_path(layer, innermost, generally, mode, change):
     change(layer)
     x = images(2, 6, 6)
     expected = generally(copy.deepcopy(layer), x).detach()
     with torch.no_grad():
-        torch.testing.assert_close(compiled(layer)(x), expected)
-    assert not fused
+        torch.testing.assert_close(mode(layer)(x), expected)
+    assert not innermost
 
 
-def test_gradients_autocast_and_half_precision_take_the_general_path(layer, fused):
-    compiled(layer)(images(2, 6, 6)).sum().backward()
+@both
+def test_gradients_autocast_and_half_precision_take_the_general_path(layer, innermost, mode):
+    mode(layer)(images(2, 6, 6)).sum().backward()
     with torch.no_grad(), torch.autocast('cpu', dtype=torch.bfloat16):
-        compiled(layer.float())(images(2, 6, 6).float())
+        mode(layer.float())(images(2, 6, 6).float())
     with torch.no_grad():
-        compiled(layer.bfloat16())(images(2, 6, 6).bfloat16())
-    assert not fused
+        mode(layer.bfloat16())(images(2, 6, 6).bfloat16())
+    assert not innermost
+
+
+def test_large_maps_go_by_rows_in_eager_mode(layer, innermost):
+    with torch.no_grad():
+        layer(images(1, 28, 28))
+        assert not innermost
+        layer(images(1, 28, 27))
+    assert len(innermost) == 1
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
-"""SAN's attention from query, key and value to the sum, in the form that torch.compile makes fast CPU code of.
+"""SAN's attention from query, key and value to the sum with channels innermost in memory, for inference on a CPU.
 
-Channels are innermost throughout, so that the neighbours in a row lie side by side in memory and every loop of the
-compiled code runs along it. One row of the neighbourhood is computed at a time, in buffers that serve the next row too.
-The operations of this package for eager mode are faster there; these are for inference under a compiler.
+The neighbours in a row then lie side by side, and every loop runs along them. Eager mode gains by it on small maps,
+whose rows are short. torch.compile makes fast code of it on maps of any size; where it needs another form than eager
+mode to do so, both stand here.
 
 Source: Zhao, Jia and Koltun, "Exploring Self-attention for Image Recognition", CVPR 2020, equations 2 and 4.
 """
@@ -10,10 +10,10 @@ import torch
 
 from .neighbourhood import reflect_pad, same_padding
 
-__all__ = ['buffered', 'fusible_difference_attention', 'fusible_patch_attention']
+__all__ = ['buffered', 'difference_attention', 'patch_attention']
 
 
-def fusible_difference_attention(
+def difference_attention(
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -25,7 +25,7 @@ def fusible_difference_attention(
         kernel_size: int,
         dilation: int,
 ) -> torch.Tensor:
-    """`aggregation` by the softmax over the places of what `difference_network` gives.
+    """`aggregation` by the softmax over the places of what `difference_network` gives; not differentiable.
 
     Args:
         query: Map of shape (B, C, H, W).
@@ -47,21 +47,23 @@ def fusible_difference_attention(
     centre = position_query.movedim(1, -1).unsqueeze(-2)
     offsets = torch.stack([(centre - keys).relu() for keys in _rows(position_key, *window)])
     offsets = offsets @ position_weight.t() + bias1
-    # A copy for every row: kernels that read the same the compiler makes one of, which fills the buffers of all rows.
-    queries = torch.stack([query.movedim(1, -1).unsqueeze(-2)] * kernel_size)
+    query = query.movedim(1, -1).contiguous().unsqueeze(-2)
+    # A copy for every row: kernels that read the same the compiler makes one of, which fills all rows' buffers at once.
+    queries = torch.stack([query] * kernel_size) if torch.compiler.is_compiling() else [query] * kernel_size
     logits = []
     for centre, keys, offset in zip(queries, _rows(key, *window), offsets, strict=True):
-        hidden = ((centre - keys).relu() @ weight1.t() + offset).relu()
+        relation = (centre - keys).relu_()
+        hidden = (relation @ weight1.t()).add_(offset).relu_()
         logits.append(hidden @ weight2.t())
     highest = logits[0].amax(-2, keepdim=True)
     for each in logits[1:]:
         highest = torch.maximum(highest, each.amax(-2, keepdim=True))
-    weights = [(each - highest).exp() for each in logits]
+    weights = [each.sub_(highest).exp_() for each in logits]
     share = 1 / sum(each.sum(-2, keepdim=True) for each in weights)
-    return _weighted_sum(value, [each * share for each in weights], *window)
+    return _weighted_sum(value, [each.mul_(share) for each in weights], *window)
 
 
-def fusible_patch_attention(
+def patch_attention(
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -74,7 +76,7 @@ def fusible_patch_attention(
         kernel_size: int,
         dilation: int,
 ) -> torch.Tensor:
-    """`aggregation` by weight2 relu(weight1 relu(scale * relation + shift) + bias1) + bias2.
+    """`aggregation` by weight2 relu(weight1 relu(scale * relation + shift) + bias1) + bias2; not differentiable.
 
     The channels of the relation are those of the query, then those of `patch`.
 
@@ -95,33 +97,38 @@ def fusible_patch_attention(
         Tensor of shape (B, D, H, W), channels innermost in memory.
     """
     channels, window, places = query.shape[1], (kernel_size, dilation), (kernel_size, kernel_size)
-    centre = (query.movedim(1, -1) * scale[:channels] + shift[:channels]).relu()
+    centre = torch.addcmul(shift[:channels], query.movedim(1, -1), scale[:channels]).relu_()
     hidden = centre @ weight1[:, :channels].t() + bias1
     # Places before channels, as the rows of keys have them.
     scale, shift = buffered(*(x[channels:].unflatten(0, (-1, *places)).movedim(0, -1) for x in (scale, shift)))
     weight1 = weight1[:, channels:].unflatten(1, (-1, *places)).permute(2, 3, 1, 0)
     for row, keys in enumerate(_rows(key, *window)):
-        relation = (keys * scale[row] + shift[row]).relu()
-        hidden = hidden + relation.flatten(-2) @ weight1[row].flatten(0, 1)
-    hidden = hidden.relu()
+        relation = torch.addcmul(shift[row], keys, scale[row]).relu_()
+        hidden += relation.flatten(-2) @ weight1[row].flatten(0, 1)
     # The bias as one more column: added after the product, it would be copied to the size of the weights first.
-    hidden = torch.cat([hidden, hidden.new_ones(1).expand(*hidden.shape[:-1], 1)], dim=-1)
+    hidden = torch.cat([hidden.relu_(), hidden.new_ones(1).expand(*hidden.shape[:-1], 1)], dim=-1)
     weight2 = torch.cat([weight2, bias2[:, None]], dim=1).unflatten(0, (-1, *places)).permute(1, 3, 2, 0)
     weights = [(hidden @ matrix.flatten(1)).unflatten(-1, (kernel_size, -1)) for matrix in weight2]
     return _weighted_sum(value, weights, *window)
 
 
 def buffered(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Tensors of one shape, which the compiler computes once and not for every element of what is made of them."""
+    """Tensors of one shape, which a compiler computes once and not for every element of what is made of them."""
     return torch.stack(tensors).unbind()
 
 
 def _weighted_sum(value: torch.Tensor, weights: list[torch.Tensor], kernel_size: int, dilation: int) -> torch.Tensor:
     """`aggregation` by a (B, H, W, K, G) of weights for each row."""
-    out = torch.zeros((), dtype=value.dtype)
+    batch, channels, height, width = value.shape
+    groups = weights[0].shape[-1]
+    out = value.new_zeros(batch, height, width, channels // groups, groups)
     for values, weight in zip(_rows(value, kernel_size, dilation), weights, strict=True):
-        grouped = values.unflatten(-1, (-1, weight.shape[-1]))
-        out = out + (grouped * weight.unsqueeze(-2)).sum(-3)
+        grouped = values.unflatten(-1, (-1, groups))
+        if torch.compiler.is_compiling():
+            out = out + (grouped * weight.unsqueeze(-2)).sum(-3)
+        else:
+            for place in range(kernel_size):
+                out.addcmul_(grouped[..., place, :, :], weight[..., place, None, :])
     return out.flatten(-2).movedim(-1, 1)
 
 
@@ -138,7 +145,7 @@ def _padded(x: torch.Tensor, padding: int) -> torch.Tensor:
     """`reflect_pad` of (B, C, H, W), as (B, H + 2 * padding, W + 2 * padding, C)."""
     height, width = x.shape[-2:]
     if not 0 < padding < min(height, width):
-        return reflect_pad(x, padding).movedim(1, -1)
+        return reflect_pad(x, padding).movedim(1, -1).contiguous()
     # Joined from slices, which the compiler makes a buffer of; a padding it would do again wherever that is read.
     x = x.movedim(1, -1)
     x = torch.cat([x[:, 1:padding + 1].flip(1), x, x[:, height - padding - 1:height - 1].flip(1)], dim=1)
