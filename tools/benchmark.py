@@ -47,6 +47,7 @@ from tqdm import tqdm
 import timm_gsa
 from timm_gsa import layers, ops
 from timm_gsa.layers import global_self_attention, prior_attention, san_attention
+from timm_gsa.models import san
 
 OURS = ('gsa_resnet50', 'san10_patchwise', 'san10_pairwise', 'priorattn_resnet50')
 PEERS = ('halonet26t', 'botnet26t_256', 'lambda_resnet26t')
@@ -144,6 +145,8 @@ def plain() -> Iterator[None]:
     with replaced(
         (san_attention, 'aggregation', ops.aggregation_reference),
         (san_attention, 'eager_on_cpu', lambda *tensors: False),
+        (san_attention, 'inference_on_cpu', lambda *tensors: False),
+        (san, 'inference_on_cpu', lambda *tensors: False),
         (global_self_attention, 'records_gradients', lambda *tensors: True),
         (global_self_attention, 'column_attention', ops.column_attention_reference),
         (global_self_attention, 'row_attention', row_attention_reference),

@@ -26,7 +26,8 @@ def generally(monkeypatch):
     """Calls a function on the general path."""
     def call(function, *args):
         with monkeypatch.context() as patch:
-            patch.setattr(san_attention, 'eager_on_cpu', lambda *tensors: False)
+            for name in ('eager_on_cpu', 'inference_on_cpu', 'compiled_for_cpu'):
+                patch.setattr(san_attention, name, lambda *tensors: False)
             return function(*args)
 
     return call

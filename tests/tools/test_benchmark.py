@@ -68,6 +68,15 @@ def test_plain_formulations_give_the_same_outputs_and_are_put_back(create, ours)
     assert san_attention.aggregation is before
 
 
+@pytest.mark.parametrize('name', ['san_tiny_patchwise', 'san_tiny_pairwise'])
+def test_plain_formulations_take_no_fast_path(create, name, monkeypatch):
+    model = create(name).eval()
+    unfold, calls = benchmark.ops.aggregation_reference, []
+    monkeypatch.setattr(benchmark.ops, 'aggregation_reference', lambda *args: calls.append(1) or unfold(*args))
+    benchmark.plainly(benchmark.inferred(model, (torch.randn(1, 3, 64, 64),)))()
+    assert len(calls) == sum(hasattr(module, 'attention') for module in model.modules())
+
+
 def test_peak_counts_what_is_held_at_once():
     def run():
         first = torch.ones(1000, dtype=torch.float64)
