@@ -64,6 +64,7 @@ def test_windows_of_every_kind(kind, innermost, generally, mode, window):
     assert len(innermost) == 1
 
 
+@pytest.mark.skipif(torch.__version__.startswith('2.5.'), reason='torch 2.5 compiles for some sizes anew')
 def test_one_graph_for_all_sizes(layer, generally):
     inputs = [images(*shape) for shape in ((2, 11, 6), (3, 9, 14), (5, 8, 8), (2, 3, 40))]
     expected = [generally(layer, x).detach() for x in inputs]
