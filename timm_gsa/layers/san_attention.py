@@ -101,7 +101,7 @@ class _NeighbourhoodAttention(nn.Module):
         )
 
     def _has_fixed_norms(self) -> bool:
-        return affine_of(self.norm1) is not None and affine_of(self.norm2) is not None
+        return len(self._fixed_norms()) == 2
 
     def _fixed_norms(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Factor and shift of both norms, where both are fixed."""
@@ -112,7 +112,7 @@ class _NeighbourhoodAttention(nn.Module):
         """Whether each image is computed by itself, and nobody sees that they are not computed at once."""
         if watched(self.qkv) or not inference_on_cpu(x, *self.parameters()):
             return False
-        return self._has_fixed_norms() and self._goes_by_rows(x)
+        return self._is_known() and self._has_fixed_norms()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
