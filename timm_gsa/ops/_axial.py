@@ -3,11 +3,19 @@
 All columns of all heads and images of a block stand behind one another, as one axis of length n. What is gathered along
 rows of a map is gathered along the columns of its transpose.
 """
-from collections.abc import Iterator
-
 import torch
 
-__all__ = ['by_columns', 'by_rows', 'column_blocks', 'from_columns', 'gather', 'image_blocks', 'unfolded']
+__all__ = [
+    'by_columns',
+    'by_rows',
+    'column_blocks',
+    'from_columns',
+    'gather',
+    'image_blocks',
+    'is_narrow',
+    'room',
+    'unfolded',
+]
 
 # Logits that are computed at once: few enough for the cache, and enough for matrix products.
 _BLOCK = 2 ** 18
@@ -18,53 +26,83 @@ def unfolded(table: torch.Tensor, length: int) -> torch.Tensor:
     return table.unfold(0, length, 1).flip(0).contiguous()
 
 
-def by_rows(query: torch.Tensor) -> torch.Tensor:
-    """(images, heads, d, H, W) copied to (H, n, d)."""
-    return query.permute(3, 0, 1, 4, 2).reshape(query.shape[3], -1, query.shape[2])
+def by_rows(query: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    """(images, heads, d, H, W) copied to (H, n, d), in memory for as many numbers or more."""
+    return _copied(query.permute(3, 0, 1, 4, 2), memory).view(query.shape[3], -1, query.shape[2])
 
 
-def by_columns(value: torch.Tensor) -> torch.Tensor:
-    """(images, heads, e, H, W) copied to (n, H, e)."""
-    return value.permute(0, 1, 4, 3, 2).reshape(-1, value.shape[3], value.shape[2])
+def by_columns(value: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    """(images, heads, e, H, W) copied to (n, H, e), in memory for as many numbers or more."""
+    return _copied(value.permute(0, 1, 4, 3, 2), memory).view(-1, value.shape[3], value.shape[2])
+
+
+def _copied(x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    return memory[:x.numel()].view(x.shape).copy_(x)
 
 
 def from_columns(columns: torch.Tensor, out: torch.Tensor) -> None:
     """Write columns as `by_columns` lays them out, (n, H, e), into a map (images, heads, e, H, W)."""
     turned = out.permute(0, 1, 4, 3, 2)
-    turned.copy_(columns.view(turned.shape))
+    turned.copy_(columns.unflatten(0, turned.shape[:3]))
 
 
-def image_blocks(batch: int, heads: int, height: int, width: int) -> Iterator[slice]:
-    """Images whose logits along a column are computed at once; at least one."""
+def image_blocks(batch: int, heads: int, height: int, width: int) -> list[slice]:
+    """Images whose logits along a column are computed at once; at least one, and most in the first."""
     images = max(1, _BLOCK // (heads * height * height * width))
-    return (slice(first, first + images) for first in range(0, batch, images))
+    return [slice(first, min(first + images, batch)) for first in range(0, batch, images)]
 
 
-def column_blocks(query: torch.Tensor) -> Iterator[slice]:
-    """Columns whose logits, of a query laid out by `by_rows`, are computed at once."""
-    height, count = query.shape[:2]
-    columns = max(1, _BLOCK // height ** 2)
-    return (slice(first, first + columns) for first in range(0, count, columns))
+def column_blocks(count: int, length: int) -> list[slice]:
+    """Columns whose logits are computed at once, of so many of this length: blocks of nearly the same size."""
+    columns = _columns(count, length)
+    return [slice(first, min(first + columns, count)) for first in range(0, count, columns)]
 
 
-def gather(query: torch.Tensor, embedding: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def room(like: torch.Tensor, count: int, length: int) -> torch.Tensor:
+    """Memory for the logits of a block of so many columns of this length.
+
+    To be asked for once: a CPU may take longer to be given new memory than to compute what goes there.
+    """
+    return like.new_empty(_columns(count, length) * length ** 2)
+
+
+def _columns(count: int, length: int) -> int:
+    blocks = -(-count * length ** 2 // _BLOCK)
+    return -(-count // blocks)
+
+
+def is_narrow(depth: int, length: int) -> bool:
+    """Whether a product whose result is (length, depth) takes less time as one whose result is (depth, length)."""
+    return 3 * depth <= length
+
+
+def gather(
+        query: torch.Tensor,
+        embedding: torch.Tensor,
+        value: torch.Tensor,
+        memory: torch.Tensor,
+        logits_memory: torch.Tensor,
+) -> torch.Tensor:
     """out[n, x] = sum over i of (query[x, n] . embedding[x, :, i]) * value[n, i]
 
     Args:
         query: (H, n, d) by `by_rows`.
         embedding: (H, d, H) by `unfolded`.
         value: (n, H, e) as `by_columns` lays it out, in any order in memory.
+        memory: For n * H * e numbers or more, which the result is written to.
+        logits_memory: By `room`, for n columns of H or more.
 
     Returns:
-        Contiguous tensor of the shape of `value`.
+        Tensor of the shape of `value`, in memory as (n, H, e), or as (n, e, H) where `is_narrow`.
     """
-    out = value.new_empty(value.shape)
-    length = query.shape[0]
-    held = None
-    for block in column_blocks(query):
-        columns = len(out[block])
-        if held is None or held.shape[1] != columns:  # the last block may be smaller
-            held = query.new_empty(length, columns, length)
-        torch.bmm(query[:, block], embedding, out=held)
-        torch.bmm(held.transpose(0, 1), value[block], out=out[block])
-    return out
+    count, length, depth = value.shape
+    narrow = is_narrow(depth, length)
+    out = memory[:value.numel()].view(count, *((depth, length) if narrow else (length, depth)))
+    for block in column_blocks(count, length):
+        logits = logits_memory[:(block.stop - block.start) * length ** 2].view(length, -1, length)
+        torch.bmm(query[:, block], embedding, out=logits)
+        if narrow:
+            torch.bmm(value[block].transpose(1, 2), logits.permute(1, 2, 0), out=out[block])
+        else:
+            torch.bmm(logits.transpose(0, 1), value[block], out=out[block])
+    return out.transpose(1, 2) if narrow else out

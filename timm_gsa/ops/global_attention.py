@@ -5,7 +5,7 @@ Source: Shen et al., "Global Self-Attention Networks for Image Recognition", arX
 import torch
 import torch.nn.functional as F
 
-from ._axial import gather, image_blocks, unfolded
+from ._axial import gather, image_blocks, room, unfolded
 from ._paths import compiled_for_cpu, eager_on_cpu, records_gradients
 from .content_attention import content_attention
 from .position_attention import column_attention, row_attention
@@ -82,43 +82,61 @@ def _image_by_image(
     is turned, are matrices that need no copy.
     """
     batch, channels, height, width = x.shape
+    positions = height * width
     depth = table_h.shape[1]
     heads = channels // depth
     embedding_h, embedding_w = unfolded(table_h, height), unfolded(table_w, width)
     query_weight, key_weight, value_weight = weight.split(channels)
-    query_bias, key_bias, value_bias = (None,) * 3 if bias is None else bias.split(channels)
     scale, shift = scale.view(heads, 1, depth), shift.view(heads, 1, depth)
     out = torch.empty_like(x)
-    for images in image_blocks(batch, heads, height, width):
+    blocks = image_blocks(batch, heads, height, width)
+    maps = x.new_empty(5, blocks[0].stop * channels * positions)
+    logits = max(
+        room(x, blocks[0].stop * heads * width, height), room(x, blocks[0].stop * heads * height, width), key=len)
+    for images in blocks:
+        count = images.stop - images.start
+        query, key, value, held, normed = maps[:, :count * channels * positions]
         pixels = x[images].flatten(2).transpose(1, 2)
-        count = len(pixels)
-        query = F.linear(pixels, query_weight, query_bias)
-        value = F.linear(pixels, value_weight, value_bias)
-        key = torch.matmul(key_weight, pixels.transpose(1, 2))
-        if key_bias is not None:
-            key += key_bias[:, None]
+        query, value = query.view(pixels.shape), value.view(pixels.shape)
+        key = key.view(count, channels, positions)
+        _products(pixels, query_weight.t(), query)
+        _products(pixels, value_weight.t(), value)
+        _products(key_weight, pixels.mT, key)
+        if bias is not None:
+            for projected, summand in zip((query, key.mT, value), bias.split(channels), strict=True):
+                projected += summand
 
         # Column step: one matrix for each row of queries, and for each column of values and head.
         rows = query.view(count, height, -1).transpose(0, 1).reshape(height, -1, depth)
         columns = value.view(count, height, -1).transpose(0, 1).reshape(height, -1, depth).transpose(0, 1)
-        column = gather(rows, embedding_h, columns).view(count, width, heads, height, depth)
-
-        # Row step: the same on the turned map.
-        normed = x.new_empty(width, count, heads, height, depth)
+        column = gather(rows, embedding_h, columns, held, logits).unflatten(0, (count, width, heads))
+        normed = normed.view(width, count, heads, height, depth)
         torch.addcmul(shift, column.transpose(0, 1), scale, out=normed)
-        turned = query.view(count, height, width, heads, depth).permute(2, 0, 3, 1, 4).reshape(width, -1, depth)
-        total = gather(turned, embedding_w, normed.view(width, -1, depth).transpose(0, 1))
-        total = total.view(count, heads, height * width, depth)
 
-        weights = key.softmax(-1).view(count, heads, depth, -1)
-        by_head = (count, -1, heads, depth)
+        by_head = (count, positions, heads, depth)
         queries, values = query.view(by_head).transpose(1, 2), value.view(by_head).transpose(1, 2)
+        weights = key.softmax(-1).view(count, heads, depth, -1)
+        content = key.view(weights.shape)
         for image in range(count):  # as images and heads of them are no single axis
             context = torch.bmm(weights[image], values[image])
-            torch.baddbmm(total[image], queries[image], context, out=total[image])
-        out[images].unflatten(1, (heads, depth)).copy_(
-            total.view(count, heads, height, width, depth).permute(0, 1, 4, 2, 3))
+            torch.bmm(context.mT, queries[image].mT, out=content[image])
+
+        # Row step: the same on the turned map.
+        turned = held.view(normed.shape)
+        turned.copy_(query.view(count, height, width, heads, depth).permute(2, 0, 3, 1, 4))
+        turned, normed = turned.view(width, -1, depth), normed.view(width, -1, depth)
+        total = gather(turned, embedding_w, normed.transpose(0, 1), query.view(-1), logits)
+        total = total.unflatten(0, (count, heads, height)).permute(0, 1, 4, 2, 3)
+        torch.add(content.view(total.shape), total, out=out[images].unflatten(1, (heads, depth)))
     return out
+
+
+def _products(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
+    """Matrix products of a matrix and those of all images, from either side, (images, ., .)."""
+    if len(out) == 1:
+        torch.mm(left.view(left.shape[-2:]), right.view(right.shape[-2:]), out=out[0])
+    else:
+        torch.bmm(*(x.expand(len(out), *x.shape[-2:]) for x in (left, right)), out=out)
 
 
 @_image_by_image.register_fake

@@ -8,7 +8,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ._axial import by_columns, by_rows, column_blocks, from_columns, gather, image_blocks, unfolded
+from ._axial import (
+    by_columns,
+    by_rows,
+    column_blocks,
+    from_columns,
+    gather,
+    image_blocks,
+    is_narrow,
+    room,
+    unfolded,
+)
 from ._paths import compiled_for_cpu, differentiable_gradients, eager_on_cpu
 
 __all__ = ['column_attention', 'column_attention_reference', 'resize_relative_table', 'row_attention']
@@ -137,12 +147,16 @@ def _blocked(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> t
 
     An operator, as the compiler makes calls of matrix products of the steps, with all logits between them.
     """
-    embedding = unfolded(table, query.shape[-2])
-    out = torch.empty_like(value)
     batch, heads, _, height, width = query.shape
-    for images in image_blocks(batch, heads, height, width):
-        found = gather(by_rows(query[images]), embedding, by_columns(value[images]))
-        from_columns(found, out[images])
+    embedding = unfolded(table, height)
+    out = torch.empty_like(value)
+    blocks = image_blocks(batch, heads, height, width)
+    queries = query.new_empty(query[blocks[0]].numel())
+    values, found = value.new_empty(2, value[blocks[0]].numel())
+    logits = room(query, blocks[0].stop * heads * width, height)
+    for images in blocks:
+        columns = by_columns(value[images], values)
+        from_columns(gather(by_rows(query[images], queries), embedding, columns, found, logits), out[images])
     return out
 
 
@@ -158,23 +172,36 @@ def _blocked_backward(
         value: torch.Tensor,
         table: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    length = query.shape[-2]
+    batch, heads, depth, length, width = query.shape
     embedding = unfolded(table, length)
     grad_query, grad_value = torch.empty_like(query), torch.empty_like(value)
     grad_embedding = torch.zeros_like(embedding)
-    batch, heads, _, height, width = query.shape
-    for images in image_blocks(batch, heads, height, width):
-        q, v, g = by_rows(query[images]), by_columns(value[images]), by_columns(grad[images])
-        grad_q, grad_v = torch.empty_like(q), torch.empty_like(v)
-        for block in column_blocks(q):
-            logits = torch.bmm(q[:, block], embedding)  # (x, n, i)
-            torch.bmm(logits.permute(1, 2, 0), g[block], out=grad_v[block])
-            grad_logits = torch.bmm(g[block], v[block].transpose(1, 2)).transpose(0, 1)
-            grad_q[:, block] = torch.bmm(grad_logits, embedding.transpose(1, 2))
-            grad_embedding.baddbmm_(q[:, block].transpose(1, 2), grad_logits)
-        from_columns(grad_v, grad_value[images])
+    blocks = image_blocks(batch, heads, length, width)
+    queries, grad_queries = query.new_empty(2, query[blocks[0]].numel())
+    values, grads, grad_values = value.new_empty(3, value[blocks[0]].numel())
+    logits_memory = room(query, blocks[0].stop * heads * width, length)
+    narrow_query, narrow_value = is_narrow(depth, length), is_narrow(value.shape[2], length)
+    for images in blocks:
+        q, v, g = by_rows(query[images], queries), by_columns(value[images], values), by_columns(grad[images], grads)
+        # Seen as (x, n, d) and (n, i, e), where narrow the other way round in memory.
+        grad_q = grad_queries[:q.numel()].view((length, depth, -1) if narrow_query else q.shape)
+        grad_v = grad_values[:v.numel()].view(v.mT.shape if narrow_value else v.shape)
+        for block in column_blocks(len(v), length):
+            memory = logits_memory[:(block.stop - block.start) * length ** 2]
+            logits = torch.bmm(q[:, block], embedding, out=memory.view(length, -1, length))  # (x, n, i)
+            if narrow_value:
+                torch.bmm(g[block].mT, logits.transpose(0, 1), out=grad_v[block])
+            else:
+                torch.bmm(logits.permute(1, 2, 0), g[block], out=grad_v[block])
+            grad_logits = torch.bmm(g[block], v[block].mT, out=memory.view(-1, length, length))  # (n, x, i)
+            if narrow_query:
+                grad_q[..., block] = torch.bmm(embedding, grad_logits.permute(1, 2, 0))
+            else:
+                grad_q[:, block] = torch.bmm(grad_logits.transpose(0, 1), embedding.mT)
+            grad_embedding.baddbmm_(q[:, block].mT, grad_logits.transpose(0, 1))
+        from_columns(grad_v.mT if narrow_value else grad_v, grad_value[images])
         turned = grad_query[images].permute(3, 0, 1, 4, 2)
-        turned.copy_(grad_q.view(turned.shape))
+        turned.copy_((grad_q.mT if narrow_query else grad_q).unflatten(1, turned.shape[1:4]))
     position = torch.arange(length)
     offset = position[None, :] - position[:, None] + length - 1
     grad_table = torch.zeros_like(table)
