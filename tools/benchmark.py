@@ -142,6 +142,10 @@ def plain() -> Iterator[None]:
         turned = ops.column_attention_reference(query.transpose(-1, -2), value.transpose(-1, -2), table)
         return turned.transpose(-1, -2)
 
+    def content_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        context = value.flatten(3) @ key.flatten(3).softmax(-1).mT
+        return (context @ query.flatten(3)).reshape(value.shape)
+
     with replaced(
         (san_attention, 'aggregation', ops.aggregation_reference),
         (san_attention, 'eager_on_cpu', lambda *tensors: False),
@@ -149,6 +153,7 @@ def plain() -> Iterator[None]:
         (san, 'inference_on_cpu', lambda *tensors: False),
         (global_self_attention, 'records_gradients', lambda *tensors: True),
         (global_self_attention, 'column_attention', ops.column_attention_reference),
+        (global_self_attention, 'content_attention', content_attention),
         (global_self_attention, 'row_attention', row_attention_reference),
         (prior_attention, 'gaussian_attention', ops.gaussian_attention_reference),
     ):

@@ -57,6 +57,26 @@ def test_takes_any_memory_layout():
     torch.testing.assert_close(content_attention(*packed.split([3, 3, 4], dim=2)), expected)
 
 
+def test_gradients_take_any_memory_layout():
+    inputs = tensors(4, 6)
+    expected = outputs_and_gradients(content_attention, *inputs)
+    packed = torch.cat(inputs, dim=2).flatten(1, 2).contiguous(memory_format=torch.channels_last)
+    packed = packed.unflatten(1, (2, -1)).requires_grad_()  # heads of query, key and value, channels innermost
+    out = content_attention(*packed.split([3, 3, 4], dim=2))
+    probe = torch.linspace(-1., 1., out.numel(), dtype=out.dtype).reshape(out.shape)
+    grad, = torch.autograd.grad((out * probe).sum(), packed)
+    torch.testing.assert_close([out, *grad.split([3, 3, 4], dim=2)], expected)
+
+
+def test_has_gradients_of_gradients():
+    inputs = [x.requires_grad_() for x in tensors(3, 2)]
+    assert torch.autograd.gradgradcheck(content_attention, inputs)
+
+
+def test_is_a_sound_operator():
+    torch.library.opcheck(torch.ops.timm_gsa.content_attention.default, [x.requires_grad_() for x in tensors(3, 5)])
+
+
 def test_weights_of_a_key_channel_sum_to_one():
     query, key, value = tensors(5, 7)
     everything = content_attention(query, key, torch.ones_like(value))

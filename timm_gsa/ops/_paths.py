@@ -13,6 +13,7 @@ __all__ = [
     'is_exporting',
     'is_large_block',
     'records_gradients',
+    'register_gradients',
 ]
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -99,3 +100,22 @@ def differentiable_gradients(
     wanted = [x for x in tensors if x.requires_grad]
     found = iter(torch.autograd.grad(function(*tensors, *more), wanted, grad, create_graph=True, allow_unused=True))
     return *(next(found) if x.requires_grad else None for x in tensors), *(None for _ in more)
+
+
+def register_gradients(operator: Any, backward: Callable[..., Any], plain: Callable[..., torch.Tensor]) -> None:
+    """Give an operator of tensors its gradients by another operator, and theirs in turn by a plain form.
+
+    Args:
+        operator: From tensors to a tensor.
+        backward: From the gradient of its output and its inputs to theirs; not differentiable.
+        plain: The same as `operator`, by differentiable operations.
+    """
+    def keep_inputs(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    def gradients(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():  # for gradients of gradients
+            return differentiable_gradients(plain, ctx.saved_tensors, grad)
+        return backward(grad, *ctx.saved_tensors)
+
+    operator.register_autograd(gradients, setup_context=keep_inputs)

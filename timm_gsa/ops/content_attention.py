@@ -4,7 +4,7 @@ Source: Shen et al., "Global Self-Attention Networks for Image Recognition", arX
 """
 import torch
 
-from ._paths import inference_on_cpu
+from ._paths import compiled_for_cpu, eager_on_cpu, register_gradients
 
 __all__ = ['content_attention', 'content_attention_reference']
 
@@ -26,11 +26,9 @@ def content_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
         Tensor of shape (B, heads, e, H, W) and dtype of `value`.
     """
     if not torch.jit.is_scripting():
-        if inference_on_cpu(query, key, value):
+        if eager_on_cpu(query, key, value) or compiled_for_cpu(query, key, value):
             return _image_by_image(query, key, value)
-    weight = _normalised_key(key).to(value.dtype)
-    context = value.flatten(3) @ weight.transpose(-1, -2)
-    return (context @ query.flatten(3)).view(value.shape)
+    return _content_attention(query, key, value)
 
 
 def content_attention_reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -39,19 +37,75 @@ def content_attention_reference(query: torch.Tensor, key: torch.Tensor, value: t
     return torch.einsum('bhnm,bhem->bhen', attention, value.flatten(3)).reshape(value.shape)
 
 
-def _image_by_image(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """`content_attention` without copies of slices of a common projection, whose images are not adjacent.
-
-    Not differentiable.
-    """
-    out = value.new_empty(value.shape)
-    for image in range(value.shape[0]):
-        weight = key[image].flatten(2).softmax(-1)
-        context = torch.bmm(value[image].flatten(2), weight.transpose(-1, -2))
-        torch.bmm(context, query[image].flatten(2), out=out[image].flatten(2))
-    return out
+def _content_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """`content_attention` by operations that every compiler and exporter takes, for all images at once."""
+    weight = _normalised_key(key).to(value.dtype)
+    context = value.flatten(3) @ weight.transpose(-1, -2)
+    return (context @ query.flatten(3)).view(value.shape)
 
 
 def _normalised_key(key: torch.Tensor) -> torch.Tensor:
     wide = torch.float64 if key.dtype == torch.float64 else torch.float32
     return key.flatten(3).softmax(-1, dtype=wide)
+
+
+@torch.library.custom_op('timm_gsa::content_attention', mutates_args=(), device_types='cpu')
+def _image_by_image(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """`content_attention` image by image, so that all that lies between stays in the cache and no weights are kept.
+
+    An operator, as otherwise slices of a common projection, whose images are not adjacent, would be copied.
+    """
+    out = torch.empty_like(value)
+    for image in range(len(value)):
+        context = torch.bmm(value[image].flatten(2), key[image].flatten(2).softmax(-1).mT)
+        _product(context, query[image].flatten(2), out[image])
+    return out
+
+
+@_image_by_image.register_fake
+def _like_value(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(value)
+
+
+@torch.library.custom_op('timm_gsa::content_attention_backward', mutates_args=(), device_types='cpu')
+def _image_by_image_backward(
+        grad: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    for image in range(len(value)):
+        g, q, k, v = (x[image].flatten(2) for x in (grad, query, key, value))
+        grad_query, grad_key, grad_value = (x[image] for x in grads)
+        weight = k.softmax(-1)
+        context = torch.bmm(v, weight.mT)
+        grad_context = torch.bmm(g, q.mT)
+        _product(context.mT, g, grad_query)
+        _product(grad_context, weight, grad_value)
+        grad_weight = torch.bmm(grad_context.mT, v)
+        grad_logits = grad_weight.mul_(weight)
+        grad_logits -= weight * grad_logits.sum(-1, keepdim=True)
+        grad_key.copy_(grad_logits.view(grad_key.shape))
+    return grads
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
+    """Matrix products of all heads, written to a map (heads, channels, H, W)."""
+    if out.is_contiguous():
+        torch.bmm(left, right, out=out.flatten(2))
+    else:
+        out.copy_(torch.bmm(left, right).view(out.shape))
+
+
+@_image_by_image_backward.register_fake
+def _like_inputs(
+        grad: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+register_gradients(_image_by_image, _image_by_image_backward, _content_attention)

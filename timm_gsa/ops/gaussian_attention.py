@@ -49,11 +49,11 @@ def gaussian_attention(value: torch.Tensor, radius: torch.Tensor, dilation: int 
     """
     rows = gaussian_weight(value.shape[-2], radius, dilation).to(value.dtype)
     columns = gaussian_weight(value.shape[-1], radius, dilation).to(value.dtype)
-    by_column = value @ columns.t()
     if not torch.jit.is_scripting():
-        if eager_on_cpu(by_column) and value.shape[-2] <= 8:
-            return torch.einsum('xh,bchw->bcxw', rows, by_column)  # not one small product for each channel
-    return rows @ by_column
+        if eager_on_cpu(value) and value.shape[-2] * value.shape[-1] <= 64:
+            # The map of all pairs is as small, and spares a product for each channel.
+            return (value.flatten(2) @ torch.kron(rows, columns).t()).view(value.shape)
+    return rows @ (value @ columns.t())
 
 
 def gaussian_attention_reference(value: torch.Tensor, radius: torch.Tensor, dilation: int = 1) -> torch.Tensor:

@@ -3,8 +3,6 @@ and a learned embedding of the offset.
 
 Source: Shen et al., "Global Self-Attention Networks for Image Recognition", arXiv 2010.03019, Figure 1.
 """
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 
@@ -19,7 +17,7 @@ from ._axial import (
     room,
     unfolded,
 )
-from ._paths import compiled_for_cpu, differentiable_gradients, eager_on_cpu
+from ._paths import compiled_for_cpu, eager_on_cpu, register_gradients
 
 __all__ = ['column_attention', 'column_attention_reference', 'resize_relative_table', 'row_attention']
 
@@ -219,15 +217,4 @@ def _like_inputs(
     return torch.empty_like(query), torch.empty_like(value), torch.empty_like(table)
 
 
-def _keep_inputs(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    inputs = ctx.saved_tensors
-    if torch.is_grad_enabled():  # for gradients of gradients
-        return differentiable_gradients(_column_attention, inputs, grad)
-    return _blocked_backward(grad, *inputs)
-
-
-_blocked.register_autograd(_gradients, setup_context=_keep_inputs)
+register_gradients(_blocked, _blocked_backward, _column_attention)
