@@ -100,6 +100,7 @@ class Setting:
     channels_last: bool
     compiled: bool
     rounds: int
+    fused: bool = False
 
     def images(self, batch: int, size: int) -> torch.Tensor:
         return self.laid_out(torch.randn(batch, 3, size, size, device=self.device, dtype=self.dtype))
@@ -110,6 +111,8 @@ class Setting:
     def model(self, name: str, **kwargs: Any) -> Any:
         torch.manual_seed(0)
         model = timm.create_model(name, **kwargs).to(self.device, self.dtype)
+        if self.fused:
+            model = timm_gsa.fuse(model.eval())
         return model.to(memory_format=torch.channels_last) if self.channels_last else model
 
     def code(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -419,7 +422,7 @@ def model_groups(setting: Setting, batch: int, size: int, names: Sequence[str], 
         compared: dict[str, Callable[[], Any]] = {}
         for name in names:
             model = setting.model(name)
-            if name != base or setting.compiled or setting.channels_last:
+            if name != base or setting.compiled or setting.channels_last or setting.fused:
                 result[name] = model_run(setting, model, batch, size, training)
             if any(type(module).__module__.startswith('timm_gsa.layers') for module in model.modules()):
                 run = model_run(contiguous, contiguous.model(name), batch, size, training)
@@ -517,6 +520,7 @@ def machine(setting: Setting) -> dict[str, Any]:
         dtype=str(setting.dtype).removeprefix('torch.'),
         channels_last=setting.channels_last,
         compiled=setting.compiled,
+        fused=setting.fused,
         rounds=setting.rounds,
         **({'copied_GB_per_s': round(bandwidth(setting.device) / 1e9)} if setting.device.type == 'cuda' else {}),
         command=' '.join(['python', 'tools/benchmark.py', *sys.argv[1:]]),
@@ -589,6 +593,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--dtype', choices=DTYPES, default='float32')
     parser.add_argument('--channels-last', action='store_true', help='for all but the first of a group and plain forms')
     parser.add_argument('--compile', action='store_true', help='for all but the first of a group and plain forms')
+    parser.add_argument('--fuse', action='store_true', help='fold norms, in the same ones, for inference')
     parser.add_argument('--batch-size', type=positive, default=8)
     parser.add_argument('--img-size', type=positive, default=224)
     parser.add_argument('--img-sizes', type=positive, nargs='+', default=[128, 224, 448, 1024], help='of scaling')
@@ -603,7 +608,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # every block is a graph of its own
-    setting = Setting(torch.device(args.device), DTYPES[args.dtype], args.channels_last, args.compile, args.rounds)
+    if args.fuse and args.what not in ('inference', 'scaling'):
+        parser.error(f'argument --fuse: for inference and scaling, not {args.what}')
+    setting = Setting(
+        torch.device(args.device), DTYPES[args.dtype], args.channels_last, args.compile, args.rounds, args.fuse)
     deadline = time.monotonic() + (args.seconds or float('inf'))
     if args.what == 'profile':
         for name in args.models:

@@ -77,6 +77,22 @@ def test_plain_formulations_take_no_fast_path(create, name, monkeypatch):
     assert len(calls) == sum(hasattr(module, 'attention') for module in model.modules())
 
 
+def test_fused_models_have_fewer_norms_and_the_first_of_a_group_keeps_them(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(benchmark, 'model_run', lambda setting, model, *args: seen.setdefault(
+        setting.fused, []).append(sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())) or (lambda: None))
+    setting = benchmark.Setting(CPU, torch.float32, False, False, 1, fused=True)
+    [group] = benchmark.model_groups(setting, 1, 64, ['san_tiny_pairwise'], training=False).values()
+    group()
+    assert max(seen[True]) < min(seen[False])
+
+
+def test_norms_are_folded_for_inference_alone(capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(['training', '--fuse'])
+    assert 'for inference and scaling, not training' in capsys.readouterr().err
+
+
 def test_peak_counts_what_is_held_at_once():
     def run():
         first = torch.ones(1000, dtype=torch.float64)
