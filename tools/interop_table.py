@@ -70,7 +70,8 @@ def table(report: Path) -> str:
     """
     rows: dict[tuple[str, str, str, str], set[str]] = {}
     failed = []
-    for case in ElementTree.parse(report).iter('testcase'):
+    cases = list(ElementTree.parse(report).iter('testcase'))
+    for case in sorted(cases, key=lambda case: (case.get('file', ''), int(case.get('line', 0)))):
         cell = {each.get('name', ''): each.get('value', '') for each in case.iter('property')}
         skipped = case.find('skipped')
         if case.find('failure') is not None or case.find('error') is not None:

@@ -11,12 +11,12 @@ MODELS = list(interop_table.FAMILIES)
 HEAD = '| library | version | what was done | families | result |\n| --- | --- | --- | --- | --- |\n'
 
 
-def case(library=None, did='`run`', model='gsa_resnet_tiny', version='1.0', result=None, outcome=''):
+def case(library=None, did='`run`', model='gsa_resnet_tiny', version='1.0', result=None, outcome='', line=0):
     """A test in a report."""
     cells = dict(library=library, version=version, did=did, model=model, result=result) if library else {}
     properties = ''.join(
         f'<property name="{name}" value={quoteattr(value)}/>' for name, value in cells.items() if value is not None)
-    name = f'classname="tests.interop" name="test_{library}"'
+    name = f'classname="tests.interop" name="test_{library}" file="tests/test_it.py" line="{line}"'
     return f'<testcase {name}><properties>{properties}</properties>{outcome}</testcase>'
 
 
@@ -57,6 +57,12 @@ def test_rows_go_by_library_then_as_the_tests_ran(report):
         case('b', 'z'), case('B', 'a'), case('a', 'late'), case('b', 'z', 'san_tiny_pairwise', result='needs'))
     rows = interop_table.table(path).splitlines()[2:]
     assert [row.split(' | ')[2] for row in rows] == ['late', 'z', 'z', 'a']
+
+
+def test_rows_keep_the_order_of_the_tests_when_several_processes_ran_them(report):
+    path = report(case('a', 'third', line=100), case('a', 'second', line=99), case('a', 'first', line=8))
+    rows = interop_table.table(path).splitlines()[2:]
+    assert [row.split(' | ')[2] for row in rows] == ['first', 'second', 'third']
 
 
 def test_missing_library_is_said_so(report):
