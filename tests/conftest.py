@@ -1,7 +1,13 @@
 """What the tests of whole models share: which models they run on, and how to build one in which every part matters."""
 import functools
+import gc
+import os
 import re
+import runpy
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +26,10 @@ ALL = (
 CONTROL = 'resnet26'
 CONTROL_SHAPE = dict(layers=(1, 2, 2, 1), channels=(32, 64, 96, 128), stem_type='deep', stem_width=12)
 
+# Worker processes share the cores, also those in what the tests start; read by torch when it is imported.
+if workers := os.environ.get('PYTEST_XDIST_WORKER_COUNT'):
+    os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // int(workers))))
+
 WRAPPERS = r'^(body|model|graph_module)\.'  # of timm's feature extractors around a model
 
 
@@ -32,6 +42,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker('slow'):
                 item.add_marker(pytest.mark.skip(reason='takes long: pytest --slow runs it'))
+
+
+def pytest_collection_finish() -> None:
+    """Python looks for garbage less often, on which it spends a fifth of the time in which torch traces a model."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(params=TINY)
@@ -109,3 +126,18 @@ def create(families: dict[str, dict[str, Any]]) -> Callable[..., Any]:
         return model
 
     return create
+
+
+@pytest.fixture
+def run_tool(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs a script to its `SystemExit` in this process, which has torch and timm at hand."""
+    def run_tool(path: Path, *arguments: object) -> subprocess.CompletedProcess:
+        line = [str(path), *map(str, arguments)]
+        monkeypatch.setattr(sys, 'argv', line)
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(line[0], run_name='__main__')
+        return subprocess.CompletedProcess(line, caught.value.code, *capsys.readouterr())
+
+    return run_tool

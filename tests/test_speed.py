@@ -1,4 +1,6 @@
 """A guard against lost speed: ours beside plain formulations in one process, with much slack for a busy machine."""
+import fcntl
+
 import benchmark
 import pytest
 import torch
@@ -31,6 +33,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def one_process(tmp_path_factory):
+    """Of those that run the tests at once."""
+    with (tmp_path_factory.getbasetemp().parent / 'speed.lock').open('w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.mark.parametrize('group', GUARDED)

@@ -57,7 +57,7 @@ figures() {
 plot=()
 step machine 420 "$python" -c 'import sys, torch, timm; print(sys.version, torch.__version__, timm.__version__)
 print(*(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())), sep="\n")'
-step kernels 340 "$python" -m pytest -q -p no:cacheprovider -m gpu \
+step kernels 340 "$python" -m pytest -q -p no:cacheprovider -o addopts=--import-mode=importlib -m gpu \
     tests/ops/test_aggregation_triton.py tests/tools/test_benchmark.py
 "$python" -c 'import matplotlib' 2>/dev/null && plot=(--plot "$out/operations.png")
 figures operations 270 operations --only "${ONLY:-}"
