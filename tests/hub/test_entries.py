@@ -2,8 +2,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import _hub_entry
@@ -36,9 +34,8 @@ def hub_entry(tmp_path, monkeypatch):
     return _hub_entry
 
 
-def test_folders_are_what_the_registry_and_the_results_give():
-    tool = ROOT / 'tools' / 'hub_configs.py'
-    done = subprocess.run([sys.executable, str(tool), 'check'], capture_output=True, text=True, timeout=300)
+def test_folders_are_what_the_registry_and_the_results_give(run_tool):
+    done = run_tool(ROOT / 'tools' / 'hub_configs.py', 'check')
     assert (done.returncode, done.stdout) == (0, ''), done.stdout + done.stderr
     assert sorted(path.name for path in CONFIGS.iterdir() if path.is_dir()) == sorted([*ENTRIES, 'recipes'])
 

@@ -11,6 +11,8 @@ import pytest
 import serve_hub
 import timm
 
+import hub_configs
+
 pytestmark = pytest.mark.skipif(
     tuple(map(int, timm.__version__.split('.')[:3])) < (1, 0, 28),
     reason='such a timm takes the safetensors file of a local-dir for a pickle')
@@ -35,8 +37,7 @@ print(json.dumps(result))
 def repositories(tmp_path_factory):
     """A folder with whole repositories of the entries, as for a lab without network."""
     folder = tmp_path_factory.mktemp('repositories')
-    tool = ROOT / 'tools' / 'hub_configs.py'
-    subprocess.run([sys.executable, str(tool), 'export', str(folder), ENTRY], check=True, timeout=300)
+    assert hub_configs.main(['export', str(folder), ENTRY]) == 0
     assert sorted(p.relative_to(folder / ENTRY).as_posix() for p in folder.rglob('*.*') if p.is_file()) == [
         'README.md', 'config.json', 'model.safetensors', 'test/rand_tensors.safetensors']
     return folder

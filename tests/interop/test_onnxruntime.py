@@ -9,6 +9,7 @@ LESS = {
     'gsa_resnet_tiny': dict(attn_stages=(1, 4)),
     'san_tiny_pairwise': dict(layers=(1, 0, 0, 0, 1)),
     'san_tiny_patchwise': dict(layers=(1, 0, 0, 0, 1)),
+    'priorattn_resnet_tiny': dict(attn_stages=(1, 4)),
 }
 
 
@@ -32,7 +33,7 @@ def test_one_graph_for_all_batches_and_sizes(ours, needs, create, tmp_path, reco
     if torch.__version__.startswith('2.5.'):
         pytest.skip("today's onnxscript and torch 2.5 fail at timm's own ResNet")
     from timm.utils.onnx import onnx_export
-    model = create(ours, num_classes=7, **LESS.get(ours, {})).eval()
+    model = create(ours, num_classes=7, **LESS[ours]).eval()
     path = tmp_path / 'model.onnx'
     # Made at the size that GSA's tables are built for, where they are taken as they are.
     onnx_export(model, str(path), batch_size=2, input_size=(3, 64, 64), use_dynamo=True, dynamic_size=True)

@@ -54,8 +54,9 @@ def test_classify_says_which_files_it_could_not_read_and_does_the_others(tmp_pat
     (['--model', 'no_such_model'], 'no_such_model'),
     (['--top-k', '0'], 'at least 1'),
 ])
-def test_classify_refuses_what_it_cannot_do(arguments, message, tmp_path):
-    done = classify(*arguments, cwd=tmp_path)
+def test_classify_refuses_what_it_cannot_do(arguments, message, tmp_path, monkeypatch, run_tool):
+    monkeypatch.chdir(tmp_path)
+    done = run_tool(TOOL, *arguments)
     assert done.returncode == 2
     assert message in done.stderr and 'Traceback' not in done.stderr
     assert not list(tmp_path.iterdir())
