@@ -1,9 +1,8 @@
 """A guard against lost speed: ours beside plain formulations in one process, with much slack for a busy machine."""
-import fcntl
-
 import benchmark
 import pytest
 import torch
+from filelock import FileLock
 
 CPU = torch.device('cpu')
 SETTING = benchmark.Setting(CPU, torch.float32, channels_last=False, compiled=False, rounds=5)
@@ -38,8 +37,7 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def one_process(tmp_path_factory):
     """Of those that run the tests at once."""
-    with (tmp_path_factory.getbasetemp().parent / 'speed.lock').open('w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(tmp_path_factory.getbasetemp().parent / 'speed.lock'):
         yield
 
 
