@@ -218,3 +218,14 @@ def test_a_gaussian_keeps_its_reach_over_the_image_at_other_output_strides(name,
         return found
 
     assert reaches(output_stride) == reaches(32)
+
+
+@pytest.mark.parametrize('name', TINY)
+def test_no_images_give_no_logits(name):
+    """As the last batch of a process may have it; timm's ResNets take it."""
+    model = timm.create_model(name).eval()
+    images = torch.randn(0, 3, 64, 64, requires_grad=True)
+    with torch.no_grad():
+        assert model(images).shape == (0, 100)
+    model(images).sum().backward()
+    assert images.grad is not None and images.grad.shape == images.shape

@@ -79,7 +79,7 @@ class _NeighbourhoodAttention(nn.Module):
         return (
             self._is_known()
             and (by_batch or self._has_fixed_norms())
-            and (x[0, 0].numel() >= _LARGE or not (by_batch or records_gradients(x, *self.parameters())))
+            and (x.shape[-2:].numel() >= _LARGE or not (by_batch or records_gradients(x, *self.parameters())))
         )
 
     @torch.jit.unused
@@ -89,7 +89,7 @@ class _NeighbourhoodAttention(nn.Module):
         if compiled_for_cpu(*tensors):
             faster = not records_gradients(*tensors)
         else:
-            faster = inference_on_cpu(*tensors) and x[0, 0].numel() < _LARGE
+            faster = inference_on_cpu(*tensors) and x.shape[-2:].numel() < _LARGE
         return faster and self._is_known() and self._has_fixed_norms()
 
     def _is_known(self) -> bool:
@@ -117,7 +117,7 @@ class _NeighbourhoodAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
             if self._goes_in_parts(x):
-                return in_parts(self._forward, x, self.num_groups * self.kernel_size ** 2 * x[0, 0].numel())
+                return in_parts(self._forward, x, self.num_groups * self.kernel_size ** 2 * x.shape[-2:].numel())
         return self._forward(x)
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:

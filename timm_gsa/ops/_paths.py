@@ -23,8 +23,8 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 def eager_on_cpu(*tensors: torch.Tensor) -> bool:
     """Whether an operation runs eagerly on a CPU in float32 or float64, with or without gradients.
 
-    Not so where a compiler, exporter or tracer looks on, autocast would choose other dtypes, or a tensor is more than a
-    plain one (functorch's transforms, forward-mode gradients, fake and distributed tensors).
+    Not so where a compiler, exporter or tracer looks on, autocast would choose other dtypes, a batch has no images, or a
+    tensor is more than a plain one (functorch's transforms, forward-mode gradients, fake and distributed tensors).
     """
     return all(
         type(x) in _PLAIN and x.device.type == 'cpu' and x.dtype in (torch.float32, torch.float64) for x in tensors
@@ -34,6 +34,7 @@ def eager_on_cpu(*tensors: torch.Tensor) -> bool:
         or torch.is_autocast_enabled('cpu')
         or torch._C._functorch.maybe_current_level() is not None
         or torch.autograd.forward_ad._current_level >= 0
+        or any(x.numel() == 0 for x in tensors)
     )
 
 
