@@ -126,8 +126,7 @@ class GlobalSelfAttention(nn.Module):
                     F.conv2d(x, weight, bias).reshape(batch, self.num_heads, self.head_dim, height, width)
                     for weight, bias in zip(weights, biases, strict=True)
                 ]
-        parts = self.qkv.out_channels // self.dim
-        return self.qkv(x).reshape(batch, parts, self.num_heads, self.head_dim, height, width).unbind(1)
+        return self.qkv(x).unflatten(1, [-1, self.num_heads, self.head_dim]).unbind(1)
 
     @torch.jit.unused
     def _projects_in_parts(self, x: torch.Tensor) -> bool:

@@ -23,7 +23,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 def eager_on_cpu(*tensors: torch.Tensor) -> bool:
     """Whether an operation runs eagerly on a CPU in float32 or float64, with or without gradients.
 
-    Not so where a compiler, exporter or tracer looks on, autocast would choose other dtypes, a batch has no images, or a
+    Not so where a compiler, exporter or tracer looks on, autocast would choose other dtypes, a batch is empty, or a
     tensor is more than a plain one (functorch's transforms, forward-mode gradients, fake and distributed tensors).
     """
     return all(
