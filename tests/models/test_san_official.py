@@ -121,9 +121,11 @@ def run_with_taps(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, dict
     return logits, got
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize(("group", "mode"), modes(TINY))
-def test_reduced_networks_agree_with_the_authors(group: str, mode: str, dtype: torch.dtype) -> None:
+def results(group: str, mode: str, dtype: torch.dtype, change: float = 0.) -> dict[str, torch.Tensor]:
+    """What the golden numbers of a reduced network hold, with weights and image off by a share of up to `change`."""
+    def shifted(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor * (1 + change * (2 * torch.rand_like(tensor) - 1)) if change else tensor
+
     case = TINY[group]
     model = SAN(
         layers=tuple(case["layers"]),
@@ -133,7 +135,10 @@ def test_reduced_networks_agree_with_the_authors(group: str, mode: str, dtype: t
     )
     model.load_state_dict(official_state(group))
     model.to(dtype).train(mode == "train")
-    x = made_input(f"{group}/x", tuple(case["shape"])).to(dtype).requires_grad_()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(shifted(parameter))
+    x = shifted(made_input(f"{group}/x", tuple(case["shape"])).to(dtype)).requires_grad_()
     logits, got = run_with_taps(model, x)
     loss = F.cross_entropy(logits, torch.tensor(case["labels"]))
     loss.backward()
@@ -152,7 +157,20 @@ def test_reduced_networks_agree_with_the_authors(group: str, mode: str, dtype: t
         stats = [name for name in official_shapes(group) if ".running_" in name]
         got["new_stats_digest"] = torch.stack([digest(name, state[name]) for name in stats])
         assert all(state[name] == 1 for name in state if name.endswith("num_batches_tracked"))
-    assert_agrees(group, mode, got, dtype)
+    return got
+
+
+@pytest.mark.parametrize(("group", "mode"), modes(TINY))
+def test_reduced_networks_agree_with_the_authors(group: str, mode: str) -> None:
+    assert_agrees(group, mode, results(group, mode, torch.float64), torch.float64)
+
+
+@pytest.mark.parametrize(("group", "mode"), modes(TINY))
+def test_reduced_networks_agree_with_the_authors_in_single_precision(group: str, mode: str) -> None:
+    """As far as rounding lets them: which of two nearly equal numbers a pool or ReLU passes on differs by machine."""
+    torch.manual_seed(0)
+    rounded = [results(group, mode, torch.float64, change=1e-6) for _ in range(5)]
+    assert_agrees(group, mode, results(group, mode, torch.float32), torch.float32, rounded)
 
 
 @pytest.mark.parametrize(("dtype", "loader"), [(torch.float64, by_pretrained_cfg), (torch.float32, by_load_checkpoint)])
