@@ -21,7 +21,7 @@ GUARDED = {
     'PairwiseAttention 28 x 28, 512 channels, training': (1.3, 0.3),
     'GSA position 56 x 56, 64 channels, forward': (1., 0.5),
     'GSA position 56 x 56, 64 channels, training': (1.3, 0.5),
-    'GlobalSelfAttention 56 x 56, 64 channels, forward': (1.5, 0.6),
+    'GlobalSelfAttention 56 x 56, 64 channels, forward': (1.2, 0.6),
     'GlobalSelfAttention 56 x 56, 64 channels, training': (1.3, 0.6),
     'Gaussian 28 x 28, 128 channels, forward': (2., 0.9),
     'Gaussian 28 x 28, 128 channels, training': (1.5, 0.9),

@@ -115,7 +115,7 @@ def _image_by_image(
 
         by_head = (count, positions, heads, depth)
         queries, values = query.view(by_head).transpose(1, 2), value.view(by_head).transpose(1, 2)
-        weights = key.softmax(-1).view(count, heads, depth, -1)
+        weights = torch.softmax(key, -1, out=held.view(key.shape)).view(count, heads, depth, -1)
         content = key.view(weights.shape)
         for image in range(count):  # as images and heads of them are no single axis
             context = torch.bmm(weights[image], values[image])
