@@ -38,6 +38,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # The longest first, so that no process is left with them while the others are done.
+    items.sort(key=lambda item: item.path.name not in ('test_export.py', 'test_compile.py'))
     if not config.getoption('--slow'):
         for item in items:
             if item.get_closest_marker('slow'):
