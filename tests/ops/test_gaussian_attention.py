@@ -50,15 +50,25 @@ def test_equals_loops_over_positions(function, size, radius, dilation):
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
 def test_separable_form_equals_the_dense_reference(dtype, tolerance):
-    value, radius = map_of(11, 7).to(dtype), torch.tensor(1.3, dtype=dtype)
+    value, radius = map_of(13, 11).to(dtype), torch.tensor(1.3, dtype=dtype)
     ours = outputs_and_gradients(gaussian_attention, value, radius)[:2]
     theirs = outputs_and_gradients(gaussian_attention_reference, value, radius)[:2]
     assert ours[0].dtype == dtype
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
-def test_takes_any_memory_layout():
-    value = map_of(6, 9)
+@pytest.mark.parametrize('size', [(12, 11), (11, 12), (12, 12), (1, 130), (40, 33)])
+def test_large_maps_equal_the_dense_reference(size):
+    inputs = map_of(*size), radius_of(1.7)
+    ours, theirs = (
+        outputs_and_gradients(lambda v, r, f=f: f(v, r, 2), *inputs)
+        for f in (gaussian_attention, gaussian_attention_reference))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize('size', [(6, 9), (13, 14)])
+def test_takes_any_memory_layout(size):
+    value = map_of(*size)
     expected = gaussian_attention(value, radius_of(1.))
     torch.testing.assert_close(
         gaussian_attention(value.contiguous(memory_format=torch.channels_last), radius_of(1.)), expected)

@@ -47,12 +47,18 @@ def gaussian_attention(value: torch.Tensor, radius: torch.Tensor, dilation: int 
     Returns:
         Tensor of shape (B, C, H, W) and dtype of `value`.
     """
-    rows = gaussian_weight(value.shape[-2], radius, dilation).to(value.dtype)
-    columns = gaussian_weight(value.shape[-1], radius, dilation).to(value.dtype)
+    height, width = value.shape[-2:]
+    rows = gaussian_weight(height, radius, dilation).to(value.dtype)
     if not torch.jit.is_scripting():
-        if eager_on_cpu(value) and value.shape[-2] * value.shape[-1] <= 64:
-            # The map of all pairs is as small, and spares a product for each channel.
-            return (value.flatten(2) @ torch.kron(rows, columns).t()).view(value.shape)
+        if eager_on_cpu(value):
+            square = height == width  # not asked of a compiler, which would tie its code to the answer
+            columns = rows if square else gaussian_weight(width, radius, dilation).to(value.dtype)
+            if height * width <= 128:  # the map of all pairs is as small, and spares a product for each channel
+                return (value.flatten(2) @ torch.kron(rows, columns).t()).view(value.shape)
+            # As two calls, since matmul copies what it is given to have one product of it.
+            averaged = (value.reshape(-1, width) @ columns.t()).view(-1, height, width)
+            return torch.bmm(rows.expand(len(averaged), -1, -1), averaged).view(value.shape)
+    columns = gaussian_weight(width, radius, dilation).to(value.dtype)
     return rows @ (value @ columns.t())
 
 

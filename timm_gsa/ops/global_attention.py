@@ -89,6 +89,8 @@ def _image_by_image(
     query_weight, key_weight, value_weight = weight.split(channels)
     scale, shift = scale.view(heads, 1, depth), shift.view(heads, 1, depth)
     out = torch.empty_like(x)
+    if batch == 0:
+        return out
     blocks = image_blocks(batch, heads, height, width)
     maps = x.new_empty(5, blocks[0].stop * channels * positions)
     logits = max(

@@ -148,6 +148,8 @@ def _blocked(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> t
     batch, heads, _, height, width = query.shape
     embedding = unfolded(table, height)
     out = torch.empty_like(value)
+    if batch == 0:
+        return out
     blocks = image_blocks(batch, heads, height, width)
     queries = query.new_empty(query[blocks[0]].numel())
     values, found = value.new_empty(2, value[blocks[0]].numel())
@@ -173,6 +175,8 @@ def _blocked_backward(
     batch, heads, depth, length, width = query.shape
     embedding = unfolded(table, length)
     grad_query, grad_value = torch.empty_like(query), torch.empty_like(value)
+    if batch == 0:
+        return grad_query, grad_value, torch.zeros_like(table)
     grad_embedding = torch.zeros_like(embedding)
     blocks = image_blocks(batch, heads, length, width)
     queries, grad_queries = query.new_empty(2, query[blocks[0]].numel())
