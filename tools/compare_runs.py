@@ -97,17 +97,14 @@ def curve_of(run: Run, column: str = 'eval_top1') -> dict[int, float]:
 
 
 def rate_of(run: Run) -> float | None:
-    """Images a second in training: median over epochs of each epoch's mean, which the first spends on compilation."""
+    """Images a second in training: median over the steps that were printed, as a few wait for a compiler or others."""
     path = run.folder / 'train.log'
     if not path.is_file():
         return None
-    means: dict[str, float] = {}
-    for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
-        # Train: 7 [  38/39 (100%)]  Loss: 1.32 (1.19)  Time: 0.294s,  217.33/s  (1.559s,   41.04/s)  LR: ...
-        match = re.search(r'Train: (\d+) \[.*\(\s*[\d.]+s,\s*([\d.]+)/s\)', line)
-        if match:
-            means[match[1]] = float(match[2])
-    return statistics.median(means.values()) if means else None
+    # Train: 7 [  38/39 (100%)]  Loss: 1.32 (1.19)  Time: 0.294s,  217.33/s  (1.559s,   41.04/s)  LR: ...
+    log = path.read_text(encoding='utf-8', errors='replace')
+    rates = re.findall(r'^Train: \d+ \[.*Time: [\d.]+s,\s*([\d.]+)/s', log, re.MULTILINE)
+    return statistics.median(map(float, rates)) if rates else None
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
