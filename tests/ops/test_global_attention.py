@@ -59,3 +59,13 @@ def test_has_gradients():
     tensors = inputs(6, 4)
     torch.testing.assert_close(
         outputs_and_gradients(global_attention, *tensors), outputs_and_gradients(global_attention_reference, *tensors))
+
+
+@pytest.mark.parametrize('requires_grad', [False, True])
+def test_compiled_code_takes_a_batch_without_images(requires_grad):
+    tensors = [x.requires_grad_(requires_grad) for x in inputs(6, 4, batch=0)]
+    out = torch.compile(global_attention, backend='aot_eager', fullgraph=True)(*tensors)
+    assert out.shape == tensors[0].shape and out.requires_grad == requires_grad
+    if requires_grad:
+        out.sum().backward()
+        assert all(x.grad is not None and x.grad.shape == x.shape and not x.grad.any() for x in tensors)

@@ -58,9 +58,8 @@ def global_attention_reference(
         shift: torch.Tensor,
 ) -> torch.Tensor:
     """The same as `global_attention` by the operations it consists of."""
-    batch, channels, height, width = x.shape
     projected = F.conv2d(x, weight[:, :, None, None], bias)
-    query, key, value = projected.reshape(batch, 3, -1, table_h.shape[1], height, width).unbind(1)
+    query, key, value = projected.unflatten(1, (3, -1, table_h.shape[1])).unbind(1)
     column = column_attention(query, value, table_h).reshape(x.shape)
     normed = (column * scale[:, None, None] + shift[:, None, None]).reshape(value.shape)
     return (content_attention(query, key, value) + row_attention(query, normed, table_w)).reshape(x.shape)
