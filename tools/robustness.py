@@ -4,6 +4,7 @@
     python tools/robustness.py --data-dir DIR --split test.tar --checkpoint output/train/*/last.pth.tar --plot FILE
 
 Checkpoints are those of timm's train.py, whose args.yaml says what lies beside it; models come with pretrained weights.
+Runs in folders NAME-seed0, NAME-seed1 and so on are one row, the mean of them.
 Images are brought to the size of each network first, then turned by multiples of 90 degrees, turned upside down or
 attacked. The attack is projected gradient descent on the pixels, towards a random other class for each image or, with
 --untargeted, away from the right one.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -198,29 +200,45 @@ def models(args: argparse.Namespace) -> Iterator[tuple[str, Any, dict[str, Any]]
         yield run.folder.name, model, run.data_config(model)
 
 
+def by_network(results: dict[str, dict[str, float]]) -> dict[str, list[dict[str, float]]]:
+    """Results of what is called NAME-seed0, NAME-seed1 and so on together, as NAME."""
+    networks: dict[str, list[dict[str, float]]] = {}
+    for name, result in results.items():
+        networks.setdefault(name.partition('-seed')[0], []).append(result)
+    return networks
+
+
+def means(results: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Mean of each condition."""
+    return {condition: statistics.mean(result[condition] for result in results) for condition in results[0]}
+
+
 def table(results: dict[str, dict[str, float]]) -> str:
-    """Results as a Markdown table."""
+    """One row for each network, the mean of its runs, as Markdown."""
     conditions = list(next(iter(results.values())))
     lines = [
-        '| model | ' + ' | '.join(conditions) + ' |',
-        '| --- |' + ' ---: |' * len(conditions),
+        '| network | runs | ' + ' | '.join(conditions) + ' |',
+        '| --- | ---: |' + ' ---: |' * len(conditions),
     ]
-    for name, result in results.items():
-        lines.append(f'| `{name}` | ' + ' | '.join(f'{result[condition]:.1f}' for condition in conditions) + ' |')
+    for name, members in by_network(results).items():
+        mean = means(members)
+        lines.append(f'| {name} | {len(members)} | ' + ' | '.join(f'{mean[each]:.1f}' for each in conditions) + ' |')
     return '\n'.join(lines)
 
 
 def draw(results: dict[str, dict[str, float]], path: Path) -> None:
-    """Accuracy of all models side by side, condition by condition."""
+    """Accuracy of all networks side by side, condition by condition; of several runs the mean."""
     from matplotlib.figure import Figure
 
+    networks = by_network(results)
     conditions = [name for name in next(iter(results.values())) if not name.startswith('target')]
     figure = Figure(figsize=(1.3 * len(conditions) + 1.5, 3.6), layout='constrained')
     axes = figure.add_subplot()
-    width = 0.8 / len(results)
-    for number, (name, result) in enumerate(results.items()):
-        places = [index + (number - (len(results) - 1) / 2) * width for index in range(len(conditions))]
-        axes.bar(places, [result[condition] for condition in conditions], width, label=name)
+    width = 0.8 / len(networks)
+    for number, (name, members) in enumerate(networks.items()):
+        places = [index + (number - (len(networks) - 1) / 2) * width for index in range(len(conditions))]
+        mean = means(members)
+        axes.bar(places, [mean[condition] for condition in conditions], width, label=name)
     axes.set_xticks(range(len(conditions)), conditions)
     axes.set_ylabel('top-1 in %')
     axes.grid(axis='y', alpha=0.3)

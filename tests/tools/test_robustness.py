@@ -136,6 +136,14 @@ def test_accuracy_is_counted_for_each_condition():
         probe(model, batches, Attack(), [1], 2)
 
 
+def test_runs_with_different_seeds_are_one_row():
+    table = robustness.table({
+        'a-seed0': {'clean': 40., '90 degrees': 10.}, 'b': {'clean': 1., '90 degrees': 2.},
+        'a-seed1': {'clean': 44., '90 degrees': 11.},
+    })
+    assert table.splitlines()[2:] == ['| a | 2 | 42.0 | 10.5 |', '| b | 1 | 1.0 | 2.0 |']
+
+
 @pytest.mark.interop
 @pytest.mark.skipif(importlib.util.find_spec('matplotlib') is None, reason='the picture needs matplotlib')
 def test_accuracies_are_drawn(tmp_path):
@@ -189,7 +197,7 @@ def test_a_run_of_train_is_probed_as_its_arguments_say(data, tmp_path, capsys):
     with torch.no_grad():
         hits = network.eval()((images - mean) / std).argmax(-1) == torch.tensor([0, 0, 1, 1, 2, 2])
     assert found['top1']['twin-seed0']['clean'] == pytest.approx(100 * hits.float().mean().item())
-    assert '| `twin-seed0` |' in capsys.readouterr().out
+    assert '| twin | 1 |' in capsys.readouterr().out
 
 
 def test_a_pretrained_model_is_probed_and_the_result_repeats(data, capsys):
@@ -197,7 +205,7 @@ def test_a_pretrained_model_is_probed_and_the_result_repeats(data, capsys):
                  '--steps', '2', '--device', 'cpu']
     assert robustness.main(arguments) == 0
     table = capsys.readouterr().out
-    assert '| `san_tiny_patchwise` |' in table and 'target hit, 2 steps' in table
+    assert '| san_tiny_patchwise | 1 |' in table and 'target hit, 2 steps' in table
     assert robustness.main(arguments) == 0
     assert capsys.readouterr().out == table
 
