@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.layers import LayerType, get_norm_layer, register_notrace_module, to_2tuple
 
 from ..ops import column_attention, content_attention, global_attention, resize_relative_table, row_attention
-from ..ops._paths import compiled_for_cpu, eager_on_cpu, is_large_block, records_gradients
+from ..ops._paths import compiled_for_cpu, eager_on_cpu, records_gradients
 from ._norm import affine_of, watched
 
 __all__ = ['GlobalSelfAttention']
@@ -130,11 +130,11 @@ class GlobalSelfAttention(nn.Module):
 
     @torch.jit.unused
     def _projects_in_parts(self, x: torch.Tensor) -> bool:
-        """Whether query, key and value in one, and its gradient, would be large blocks of memory of a CPU."""
+        """Whether query, key and value have a product each: a CPU would copy their gradients into one."""
+        tensors = x, *self.qkv.parameters()
         return (
             type(self.qkv) is nn.Conv2d and not watched(self.qkv)
-            and eager_on_cpu(x, *self.qkv.parameters())
-            and is_large_block(self.qkv.out_channels * x[:, 0].numel(), x)
+            and (eager_on_cpu(*tensors) or compiled_for_cpu(*tensors))
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,6 @@ __all__ = [
     'in_parts',
     'inference_on_cpu',
     'is_exporting',
-    'is_large_block',
     'records_gradients',
     'register_gradients',
 ]
@@ -72,7 +71,7 @@ def is_exporting() -> bool:
 _LARGEST_BLOCK = 2 ** 25
 
 
-def is_large_block(numbers: int, like: torch.Tensor) -> bool:
+def _is_large_block(numbers: int, like: torch.Tensor) -> bool:
     """Whether so many numbers are a block of memory that costs more than what is computed in it."""
     return numbers * like.element_size() > _LARGEST_BLOCK
 
@@ -86,7 +85,7 @@ def in_parts(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, 
         held: Numbers in the largest tensor that `function` makes of an image.
     """
     size = held * x.element_size()
-    if not is_large_block(len(x) * held, x):
+    if not _is_large_block(len(x) * held, x):
         return function(x)
     return torch.cat([function(part) for part in x.split(max(1, _LARGEST_BLOCK // 2 // size))])
 
