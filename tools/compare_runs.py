@@ -193,6 +193,7 @@ def amount(multiply_adds: int) -> str:
 def draw(groups: Sequence[Group], path: Path) -> None:
     """Accuracy over epochs: the mean of each network as a line, its runs from lowest to highest as a band."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 5), layout='constrained')
     axes = figure.add_subplot()
@@ -204,6 +205,7 @@ def draw(groups: Sequence[Group], path: Path) -> None:
         means = [statistics.mean(each) for each in values]
         axes.plot(done, means, '-' if number < 10 else '--', label=group.name, linewidth=1.4, **style)
         axes.fill_between(done, [min(each) for each in values], [max(each) for each in values], alpha=0.15, **style)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel('epochs')
     axes.set_ylabel('top-1 in %')
     axes.grid(alpha=0.3)
