@@ -10,6 +10,11 @@ from timm.data import resolve_data_config
 from torch import nn
 
 
+def network_of(name: str) -> str:
+    """What runs called NAME-seed0, NAME-seed1 and so on have in common: NAME; other names as they are."""
+    return name.partition('-seed')[0]
+
+
 @dataclass(frozen=True)
 class Run:
     """A run of train.py, by what it wrote into its output folder.

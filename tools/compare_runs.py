@@ -22,7 +22,7 @@ from typing import Any
 
 from _cost import parameters_and_multiply_adds
 from _files import written_whole
-from _runs import Run
+from _runs import Run, network_of
 
 import timm_gsa  # noqa: F401  registers the models where autoload is switched off
 
@@ -135,7 +135,8 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
             first.args['model'], **first.model_args, **({'pretrained_cfg_overlay': overlay} if overlay else {}))
         kwargs = first.args.get('model_kwargs') or {}
         name = ' '.join([first.args['model'], *(f'{key}={value}' for key, value in kwargs.items())])
-        called = {stem for stem, seed, _ in (run.folder.name.partition('-seed') for run in members) if seed}
+        names = [run.folder.name for run in members]
+        called = {network_of(name) for name in names if network_of(name) != name}
         if len(called) == 1 and not called & {group.name for group in groups}:
             name = called.pop()
         rates = [rate for rate in map(rate_of, members) if rate is not None]

@@ -27,7 +27,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from _files import written_whole
-from _runs import Run
+from _runs import Run, network_of
 from classify import load_weights, positive
 from timm.data import create_dataset, create_transform, resolve_model_data_config
 from torch import nn
@@ -201,10 +201,10 @@ def models(args: argparse.Namespace) -> Iterator[tuple[str, Any, dict[str, Any]]
 
 
 def by_network(results: dict[str, dict[str, float]]) -> dict[str, list[dict[str, float]]]:
-    """Results of what is called NAME-seed0, NAME-seed1 and so on together, as NAME."""
+    """Results of the runs of each network."""
     networks: dict[str, list[dict[str, float]]] = {}
     for name, result in results.items():
-        networks.setdefault(name.partition('-seed')[0], []).append(result)
+        networks.setdefault(network_of(name), []).append(result)
     return networks
 
 

@@ -71,11 +71,6 @@ def is_exporting() -> bool:
 _LARGEST_BLOCK = 2 ** 25
 
 
-def _is_large_block(numbers: int, like: torch.Tensor) -> bool:
-    """Whether so many numbers are a block of memory that costs more than what is computed in it."""
-    return numbers * like.element_size() > _LARGEST_BLOCK
-
-
 def in_parts(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, held: int) -> torch.Tensor:
     """function(x), in parts of the batch where what it holds for all images would be a large block of memory.
 
@@ -85,7 +80,7 @@ def in_parts(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, 
         held: Numbers in the largest tensor that `function` makes of an image.
     """
     size = held * x.element_size()
-    if not _is_large_block(len(x) * held, x):
+    if len(x) * size <= _LARGEST_BLOCK:
         return function(x)
     return torch.cat([function(part) for part in x.split(max(1, _LARGEST_BLOCK // 2 // size))])
 
