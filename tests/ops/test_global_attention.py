@@ -20,30 +20,36 @@ def inputs(height, width, batch=3, heads=2, depth=3, bias=True, dtype=torch.floa
     )
 
 
+@pytest.mark.parametrize('stride', [1, 2])
 @pytest.mark.parametrize('bias', [True, False])
-@pytest.mark.parametrize('height, width', [(1, 1), (1, 9), (8, 1), (5, 7), (12, 8), (33, 18), (90, 61)])
-def test_agrees_with_its_parts(height, width, bias):
+@pytest.mark.parametrize('height, width', [
+    (1, 1), (1, 9), (8, 1), (5, 7), (2, 2), (6, 7), (7, 6), (12, 8), (33, 18), (90, 61), (80, 62)])
+def test_agrees_with_its_parts(height, width, bias, stride):
     tensors = inputs(height, width, bias=bias)
-    torch.testing.assert_close(
-        global_attention(*tensors), global_attention_reference(*tensors), rtol=1e-9, atol=1e-9)
+    out = global_attention(*tensors, stride)
+    assert out.shape[2:] == (-(-height // stride), -(-width // stride))
+    torch.testing.assert_close(out, global_attention_reference(*tensors, stride), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize('size', [(6, 5), (40, 30)])
-def test_takes_and_keeps_any_memory_layout(size):
+@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize('size', [(6, 5), (6, 8), (40, 30)])
+def test_takes_and_keeps_any_memory_layout(size, stride):
     x, *more = inputs(*size)
-    expected = global_attention(x, *more)
+    expected = global_attention(x, *more, stride)
     assert expected.is_contiguous()
     slices = x.repeat(1, 2, 1, 2)[:, :6, :, :size[1]]
     for laid_out in (x.contiguous(memory_format=torch.channels_last), x.mT.contiguous().mT, slices):
-        out = global_attention(laid_out, *more)
+        out = global_attention(laid_out, *more, stride)
         torch.testing.assert_close(out, expected)
-        assert out.stride() == torch.empty_like(laid_out).stride()
+        assert out.stride() == torch.empty_like(laid_out[..., ::stride, ::stride]).stride()
 
 
-def test_is_a_sound_operator():
+@pytest.mark.parametrize('size, stride', [((5, 7), 1), ((5, 7), 2), ((6, 8), 2), ((2, 1), 2)])
+def test_is_a_sound_operator(size, stride):
     for bias in (True, False):
-        tensors = inputs(5, 7, bias=bias)
-        torch.library.opcheck(torch.ops.timm_gsa.global_attention.default, tensors)
+        x, *more = inputs(*size, bias=bias)
+        for laid_out in (x, x.contiguous(memory_format=torch.channels_last)):
+            torch.library.opcheck(torch.ops.timm_gsa.global_attention.default, (laid_out, *more, stride))
 
 
 def test_float32_is_as_close_as_its_parts():

@@ -11,6 +11,7 @@ from timm.layers import LayerType, get_norm_layer, register_notrace_module, to_2
 
 from ..ops import column_attention, content_attention, global_attention, resize_relative_table, row_attention
 from ..ops._paths import compiled_for_cpu, eager_on_cpu, records_gradients
+from ..ops.global_attention import halved
 from ._norm import affine_of, watched
 
 __all__ = ['GlobalSelfAttention']
@@ -138,25 +139,24 @@ class GlobalSelfAttention(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = self._attend(x)
-        if self.stride == 2:
-            out = _halved(out)
-        return out
-
-    def _attend(self, x: torch.Tensor) -> torch.Tensor:
-        batch, _, height, width = x.shape
-        if self.rel_h is None or self.rel_w is None:
-            parts = self.project(x)
-            return content_attention(parts[0], parts[1], parts[2]).reshape(x.shape)
-        rel_h = resize_relative_table(self.rel_h, height)
-        rel_w = resize_relative_table(self.rel_w, width)
         if not torch.jit.is_scripting():
             affine = self._affine_norm(x)
-            if affine is not None:
-                return global_attention(x, self.qkv.weight[:, :, 0, 0], self.qkv.bias, rel_h, rel_w, *affine)
+            if affine is not None and self.rel_h is not None and self.rel_w is not None:
+                rel_h = resize_relative_table(self.rel_h, x.shape[-2])
+                rel_w = resize_relative_table(self.rel_w, x.shape[-1])
+                return global_attention(
+                    x, self.qkv.weight[:, :, 0, 0], self.qkv.bias, rel_h, rel_w, *affine, self.stride)
+        out = self._attend(x)
+        return halved(out) if self.stride == 2 else out
+
+    def _attend(self, x: torch.Tensor) -> torch.Tensor:
         parts = self.project(x)
+        if self.rel_h is None or self.rel_w is None:
+            return content_attention(parts[0], parts[1], parts[2]).reshape(x.shape)
+        height, width = x.shape[-2:]
         query, value = parts[0], parts[-1]
-        rel_h, rel_w = rel_h.to(query.dtype), rel_w.to(query.dtype)
+        rel_h = resize_relative_table(self.rel_h, height).to(query.dtype)
+        rel_w = resize_relative_table(self.rel_w, width).to(query.dtype)
         column = column_attention(query, value, rel_h).reshape(x.shape)
         out = row_attention(query, self.norm(column).reshape(value.shape), rel_w)
         if self.branches == 'both':
@@ -172,16 +172,3 @@ class GlobalSelfAttention(nn.Module):
         if records_gradients(*tensors) or not (eager_on_cpu(*tensors) or compiled_for_cpu(*tensors)):
             return None
         return affine_of(self.norm)
-
-
-def _halved(x: torch.Tensor) -> torch.Tensor:
-    """Average pool over 2 x 2 positions; the last windows of odd maps average what they cover."""
-    if not torch.jit.is_scripting():
-        if torch.compiler.is_compiling():
-            # Inductor compiles a pool that rounds up anew for odd and even maps, and AOTInductor takes them for alike.
-            for axis in (-2, -1):
-                first = 2 * torch.arange((x.shape[axis] + 1) // 2, device=x.device)
-                second = (first + 1).clamp(max=x.shape[axis] - 1)
-                x = (x.index_select(axis, first) + x.index_select(axis, second)) / 2
-            return x
-    return F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)

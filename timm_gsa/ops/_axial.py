@@ -85,22 +85,29 @@ def gather(
 ) -> torch.Tensor:
     """out[n, x] = sum over i of (query[x, n] . embedding[x, :, i]) * value[n, i]
 
+    Adjacent columns may have a sum in common, as have the columns of a map that is halved afterwards: `value` then has
+    their H one after another.
+
     Args:
-        query: (H, n, d) by `by_rows`.
-        embedding: (H, d, H) by `unfolded`.
-        value: (n, H, e) as `by_columns` lays it out, in any order in memory.
-        memory: For n * H * e numbers or more, which the result is written to.
-        logits_memory: By `room`, for n columns of H or more.
+        query: (P, N, d), as `by_rows` lays it out where the places x are those that are gathered.
+        embedding: (P, d, H), as `unfolded` has it, with d as above.
+        value: (n, H, e) as `by_columns` lays it out, or (n, N / n * H, e), in any order in memory.
+        memory: For n * P * e numbers or more, which the result is written to.
+        logits_memory: By `room`, for n columns of as many logits or more.
 
     Returns:
-        Tensor of the shape of `value`, in memory as (n, H, e), or as (n, e, H) where `is_narrow`.
+        Tensor of shape (n, P, e), in memory as that, or as (n, e, P) where `is_narrow`.
     """
-    count, length, depth = value.shape
-    narrow = is_narrow(depth, length)
-    out = memory[:value.numel()].view(count, *((depth, length) if narrow else (length, depth)))
+    places, length = embedding.shape[0], embedding.shape[2]
+    count, summed, depth = value.shape
+    narrow = is_narrow(depth, places)
+    out = memory[:count * places * depth].view(count, *((depth, places) if narrow else (places, depth)))
+    in_sum = query.shape[1] // count
     for block in column_blocks(count, length):
-        logits = logits_memory[:(block.stop - block.start) * length ** 2].view(length, -1, length)
-        torch.bmm(query[:, block], embedding, out=logits)
+        columns = query[:, in_sum * block.start:in_sum * block.stop]
+        logits = logits_memory[:columns.shape[1] * places * length].view(places, -1, length)
+        torch.bmm(columns, embedding, out=logits)
+        logits = logits.view(places, -1, summed)
         if narrow:
             torch.bmm(value[block].transpose(1, 2), logits.permute(1, 2, 0), out=out[block])
         else:

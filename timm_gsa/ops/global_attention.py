@@ -1,4 +1,4 @@
-"""The GSA module up to its pool, in one operation for inference.
+"""The GSA module in one operation for inference.
 
 Source: Shen et al., "Global Self-Attention Networks for Image Recognition", arXiv 2010.03019, Figure 1.
 """
@@ -10,7 +10,7 @@ from ._paths import compiled_for_cpu, eager_on_cpu, records_gradients
 from .content_attention import content_attention
 from .position_attention import column_attention, row_attention
 
-__all__ = ['global_attention', 'global_attention_reference']
+__all__ = ['global_attention', 'global_attention_reference', 'halved']
 
 
 def global_attention(
@@ -21,14 +21,16 @@ def global_attention(
         table_w: torch.Tensor,
         scale: torch.Tensor,
         shift: torch.Tensor,
+        stride: int = 1,
 ) -> torch.Tensor:
     """Content attention and axial positional attention in parallel, with a norm that is a fixed affine map.
 
     query, key, value = weight x + bias
     out = content(query, key, value) + row(query, scale * column(query, value, table_h) + shift, table_w)
 
-    with `content_attention`, `column_attention` and `row_attention` of C / d heads. In inference on a CPU, compiled or
-    not, images are computed one after the other, so that all that lies between stays in the cache.
+    with `content_attention`, `column_attention` and `row_attention` of C / d heads, then averages of 2 x 2 positions if
+    `stride` is 2. In inference on a CPU, compiled or not, images are computed one after the other, so that all that
+    lies between stays in the cache.
 
     Args:
         x: Map of shape (B, C, H, W).
@@ -38,14 +40,15 @@ def global_attention(
         table_w: Embeddings of shape (2 * W - 1, d).
         scale: Factor of each channel of the values, (C,).
         shift: Summand of each channel, (C,).
+        stride: 1, or 2 for a map of half the size.
 
     Returns:
-        Tensor of the shape and memory layout of `x`.
+        Tensor of shape (B, C, ceil(H / stride), ceil(W / stride)) and the memory layout of `x`.
     """
     tensors = [each for each in (x, weight, bias, table_h, table_w, scale, shift) if each is not None]
     if (eager_on_cpu(*tensors) or compiled_for_cpu(*tensors)) and not records_gradients(*tensors):
-        return _image_by_image(x, weight, bias, table_h, table_w, scale, shift)
-    return global_attention_reference(x, weight, bias, table_h, table_w, scale, shift)
+        return _image_by_image(x, weight, bias, table_h, table_w, scale, shift, stride)
+    return global_attention_reference(x, weight, bias, table_h, table_w, scale, shift, stride)
 
 
 def global_attention_reference(
@@ -56,13 +59,28 @@ def global_attention_reference(
         table_w: torch.Tensor,
         scale: torch.Tensor,
         shift: torch.Tensor,
+        stride: int = 1,
 ) -> torch.Tensor:
     """The same as `global_attention` by the operations it consists of."""
     projected = F.conv2d(x, weight[:, :, None, None], bias)
     query, key, value = projected.unflatten(1, (3, -1, table_h.shape[1])).unbind(1)
     column = column_attention(query, value, table_h).reshape(x.shape)
     normed = (column * scale[:, None, None] + shift[:, None, None]).reshape(value.shape)
-    return (content_attention(query, key, value) + row_attention(query, normed, table_w)).reshape(x.shape)
+    out = (content_attention(query, key, value) + row_attention(query, normed, table_w)).reshape(x.shape)
+    return halved(out) if stride == 2 else out
+
+
+def halved(x: torch.Tensor) -> torch.Tensor:
+    """Average pool over 2 x 2 positions; the last windows of odd maps average what they cover."""
+    if not torch.jit.is_scripting():
+        if torch.compiler.is_compiling():
+            # Inductor compiles a pool that rounds up anew for odd and even maps, and AOTInductor takes them for alike.
+            for axis in (-2, -1):
+                first = 2 * torch.arange((x.shape[axis] + 1) // 2, device=x.device)
+                second = (first + 1).clamp(max=x.shape[axis] - 1)
+                x = (x.index_select(axis, first) + x.index_select(axis, second)) / 2
+            return x
+    return F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)
 
 
 @torch.library.custom_op('timm_gsa::global_attention', mutates_args=(), device_types='cpu')
@@ -74,20 +92,29 @@ def _image_by_image(
         table_w: torch.Tensor,
         scale: torch.Tensor,
         shift: torch.Tensor,
+        stride: int,
 ) -> torch.Tensor:
     """An operator, as the compiler makes calls of matrix products of the steps, with whole batches between them.
 
     Channels are innermost, heads before their channels: so the columns of a map, and what lies along its rows once it
     is turned, are matrices that need no copy.
+
+    All but keys, values and the column step is linear in what is asked for, so that even maps are halved before it: two
+    queries along a row ask as one of twice the channels, and two rows have their sum in common.
     """
+    if stride == 2 and (x.shape[-2] % 2 or x.shape[-1] % 2):
+        out = halved(_image_by_image(x, weight, bias, table_h, table_w, scale, shift, 1))
+        return torch.empty_like(x[..., ::2, ::2]).copy_(out)
     batch, channels, height, width = x.shape
     positions = height * width
     depth = table_h.shape[1]
     heads = channels // depth
     embedding_h, embedding_w = unfolded(table_h, height), unfolded(table_w, width)
     query_weight, key_weight, value_weight = weight.split(channels)
-    scale, shift = scale.view(heads, 1, depth), shift.view(heads, 1, depth)
-    out = torch.empty_like(x)
+    scale, shift = scale.view(heads, 1, 1, depth), shift.view(heads, 1, 1, depth)
+    if stride == 2:
+        embedding_w = embedding_w.view(width // 2, 2 * depth, width) / 4
+    out = torch.empty_like(x[..., ::stride, ::stride])
     if batch == 0:
         return out
     blocks = image_blocks(batch, heads, height, width)
@@ -111,23 +138,27 @@ def _image_by_image(
         rows = query.view(count, height, -1).transpose(0, 1).reshape(height, -1, depth)
         columns = value.view(count, height, -1).transpose(0, 1).reshape(height, -1, depth).transpose(0, 1)
         column = gather(rows, embedding_h, columns, held, logits).unflatten(0, (count, width, heads))
-        normed = normed.view(width, count, heads, height, depth)
-        torch.addcmul(shift, column.transpose(0, 1), scale, out=normed)
+        normed = normed.view(count, heads, height, width, depth)
+        torch.addcmul(shift, column.permute(0, 2, 3, 1, 4), scale, out=normed)
 
         by_head = (count, positions, heads, depth)
         queries, values = query.view(by_head).transpose(1, 2), value.view(by_head).transpose(1, 2)
         weights = torch.softmax(key, -1, out=held.view(key.shape)).view(count, heads, depth, -1)
-        content = key.view(weights.shape)
-        for image in range(count):  # as images and heads of them are no single axis
-            context = torch.bmm(weights[image], values[image])
-            torch.bmm(context.mT, queries[image].mT, out=content[image])
+        # Image by image, as images and heads of them are no single axis.
+        contexts = [torch.bmm(*each) for each in zip(weights, values, strict=True)]
+        if stride == 2:
+            pooled = F.avg_pool2d(query.view(count, height, width, channels).permute(0, 3, 1, 2), 2)
+            queries = pooled.permute(0, 2, 3, 1).reshape(count, -1, heads, depth).transpose(1, 2)
+        content = key.view(-1)[:queries.numel()].view(*queries.mT.shape)
+        for context, wanted, found in zip(contexts, queries, content, strict=True):
+            torch.bmm(context.mT, wanted.mT, out=found)
 
         # Row step: the same on the turned map.
-        turned = held.view(normed.shape)
-        turned.copy_(query.view(count, height, width, heads, depth).permute(2, 0, 3, 1, 4))
-        turned, normed = turned.view(width, -1, depth), normed.view(width, -1, depth)
-        total = gather(turned, embedding_w, normed.transpose(0, 1), query.view(-1), logits)
-        total = total.unflatten(0, (count, heads, height)).permute(0, 1, 4, 2, 3)
+        turned = held.view(width // stride, count, heads, height, stride, depth)
+        turned.copy_(query.view(count, height, -1, stride, heads, depth).permute(2, 0, 4, 1, 3, 5))
+        turned, normed = turned.view(width // stride, -1, stride * depth), normed.view(-1, stride * width, depth)
+        total = gather(turned, embedding_w, normed, query.view(-1), logits)
+        total = total.unflatten(0, (count, heads, height // stride)).permute(0, 1, 4, 2, 3)
         torch.add(content.view(total.shape), total, out=out[images].unflatten(1, (heads, depth)))
     return out
 
@@ -141,7 +172,7 @@ def _products(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> Non
 
 
 @_image_by_image.register_fake
-def _like_x(
+def _like_strided_x(
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
@@ -149,5 +180,6 @@ def _like_x(
         table_w: torch.Tensor,
         scale: torch.Tensor,
         shift: torch.Tensor,
+        stride: int,
 ) -> torch.Tensor:
-    return torch.empty_like(x)
+    return torch.empty_like(x[..., ::stride, ::stride])
