@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 import timm_gsa
 from timm_gsa import layers, ops
-from timm_gsa.layers import global_self_attention, prior_attention, san_attention
+from timm_gsa.layers import _pool, global_self_attention, prior_attention, san_attention
 from timm_gsa.models import san
 
 OURS = ('gsa_resnet50', 'san10_patchwise', 'san10_pairwise', 'priorattn_resnet50')
@@ -108,15 +108,22 @@ class Setting:
     def laid_out(self, x: torch.Tensor) -> torch.Tensor:
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
 
-    def model(self, name: str, **kwargs: Any) -> Any:
+    def model(self, name: str, size: int) -> Any:
+        """A model for images of this size, which those that are tied to one are built for."""
         torch.manual_seed(0)
-        model = timm.create_model(name, **kwargs).to(self.device, self.dtype)
+        tied = {'img_size': size} if name.startswith(('gsa', 'botnet', 'lambda')) else {}
+        model = timm.create_model(name, **tied).to(self.device, self.dtype)
         if self.fused:
             model = timm_gsa.fuse(model.eval())
         return model.to(memory_format=torch.channels_last) if self.channels_last else model
 
     def code(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(function) if self.compiled else function
+
+
+def takes(name: str, size: int) -> bool:
+    """Whether a model takes images of this size: halo attention's blocks of 8 must fit maps of stride 32."""
+    return not name.startswith('halonet') or size % 256 == 0
 
 
 @dataclass(frozen=True)
@@ -154,6 +161,7 @@ def plain() -> Iterator[None]:
         (san_attention, 'eager_on_cpu', lambda *tensors: False),
         (san_attention, 'inference_on_cpu', lambda *tensors: False),
         (san, 'inference_on_cpu', lambda *tensors: False),
+        (_pool, 'inference_on_cpu', lambda *tensors: False),
         (global_self_attention, 'records_gradients', lambda *tensors: True),
         (global_self_attention, 'column_attention', ops.column_attention_reference),
         (global_self_attention, 'content_attention', content_attention),
@@ -418,18 +426,18 @@ def model_groups(setting: Setting, batch: int, size: int, names: Sequence[str], 
         result: dict[str, Callable[[], Any]] = {}
         contiguous = Setting(setting.device, setting.dtype, False, False, setting.rounds)
         base = names[0]
-        result[f'{base} eager'] = model_run(contiguous, contiguous.model(base), batch, size, training)
+        result[f'{base} eager'] = model_run(contiguous, contiguous.model(base, size), batch, size, training)
         compared: dict[str, Callable[[], Any]] = {}
         for name in names:
-            model = setting.model(name)
+            model = setting.model(name, size)
             if name != base or setting.compiled or setting.channels_last or setting.fused:
                 result[name] = model_run(setting, model, batch, size, training)
             if any(type(module).__module__.startswith('timm_gsa.layers') for module in model.modules()):
-                run = model_run(contiguous, contiguous.model(name), batch, size, training)
+                run = model_run(contiguous, contiguous.model(name, size), batch, size, training)
                 compared[f'{name} plain'] = plainly(run)
             if name.startswith('san') and has_global_loop(setting.device):
                 single = Setting(setting.device, torch.float32, False, False, setting.rounds)
-                run = model_run(single, single.model(name), batch, size, training)
+                run = model_run(single, single.model(name, size), batch, size, training)
                 compared[f'{name} with the global-memory loop, float32'] = with_global_loop(run)
         result |= compared  # last, as they may take the time or memory that there is
         return result
@@ -461,12 +469,9 @@ def scaling_groups(
 ) -> Groups:
     """Inference over the size of the images and over their number; models that are tied to a size are built for it."""
     def runs(batch: int, size: int) -> dict[str, Callable[[], Any]]:
-        result = {}
-        for name in names:
-            tied = {'img_size': size} if name.startswith(('gsa', 'botnet', 'lambda')) else {}
-            if not name.startswith('halonet') or size % 256 == 0:  # its blocks of 8 must fit maps of stride 32
-                result[name] = model_run(setting, setting.model(name, **tied), batch, size, False)
-        return result
+        return {
+            name: model_run(setting, setting.model(name, size), batch, size, False)
+            for name in names if takes(name, size)}
 
     settings = [(batch, size) for size in sizes] + [(batch, size) for batch in batches]
     return {
@@ -475,7 +480,7 @@ def scaling_groups(
 
 def profiled(setting: Setting, name: str, batch: int, size: int) -> str:
     """Which kernels, or operators of the CPU, a training step of a model spends most of its time in."""
-    step = model_run(setting, setting.model(name), batch, size, True)
+    step = model_run(setting, setting.model(name, size), batch, size, True)
     for _ in range(3):
         step()
     gpu = setting.device.type == 'cuda'
@@ -613,8 +618,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     setting = Setting(
         torch.device(args.device), DTYPES[args.dtype], args.channels_last, args.compile, args.rounds, args.fuse)
     deadline = time.monotonic() + (args.seconds or float('inf'))
+    models = [name for name in args.models if args.what == 'scaling' or takes(name, args.img_size)]
+    for name in sorted(set(args.models).difference(models)):
+        tqdm.write(f'{name} is left out: it takes no images of {args.img_size} px', file=sys.stderr)
     if args.what == 'profile':
-        for name in args.models:
+        for name in models:
             if time.monotonic() <= deadline:
                 print(f'{name}\n{profiled(setting, name, args.batch_size, args.img_size)}\n', flush=True)
         return 0
@@ -622,10 +630,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         groups = operation_groups(setting, args.batch_size)
     elif args.what == 'scaling':
         groups = scaling_groups(
-            setting, args.batch_size, args.batch_sizes, args.img_size, args.img_sizes, (args.base, *args.models))
+            setting, args.batch_size, args.batch_sizes, args.img_size, args.img_sizes, (args.base, *models))
     else:
-        models = args.base, *args.models
-        groups = model_groups(setting, args.batch_size, args.img_size, models, args.what == 'training')
+        groups = model_groups(
+            setting, args.batch_size, args.img_size, (args.base, *models), args.what == 'training')
     groups = {name: group for name, group in groups.items() if args.only in name}
     if not groups:
         parser.error(f'argument --only: no group has {args.only!r} in its name')

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from timm_gsa.models.san import SAN, HalvingMaxPool
+from timm_gsa.models.san import SAN
 
 from ..san_fixtures import (
     MANIFEST,
@@ -302,23 +302,3 @@ def test_a_key_that_does_not_fit_is_reported(
     change(official, key)
     with pytest.raises(RuntimeError, match=reported):
         loader(name, saved_by_the_authors(official, path))
-
-
-@pytest.mark.parametrize('channels_last', [False, True])
-@pytest.mark.parametrize('size', [(2, 2), (3, 5), (8, 7), (1, 4)])
-def test_pool_is_that_of_torch(size, channels_last):
-    pool, expected = HalvingMaxPool(), nn.MaxPool2d(2)
-    x = torch.randn(2, 3, *size)
-    x[0, 0, 0, 0] = torch.nan
-    if channels_last:
-        x = x.contiguous(memory_format=torch.channels_last)
-    if min(size) < 2:
-        with torch.no_grad(), pytest.raises(RuntimeError, match='too small'):
-            pool(x)
-        return
-    with torch.no_grad():
-        torch.testing.assert_close(pool(x), expected(x), rtol=0, atol=0, equal_nan=True)
-        assert pool(x).is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    tied = torch.zeros(1, 1, *size, requires_grad=True)
-    grads = [torch.autograd.grad(each(tied).sum(), tied)[0] for each in (pool, expected)]
-    assert torch.equal(*grads)

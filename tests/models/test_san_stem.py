@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import timm_gsa
-from timm_gsa.models.san import HalvingMaxPool
+from timm_gsa.layers._pool import HalvingMaxPool
 
 
 def compiled(module):

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from timm_gsa.layers import GlobalSelfAttention, PriorAttention, global_self_attention
-from timm_gsa.models.san import HalvingMaxPool, SANBlock
+from timm_gsa.layers._pool import HalvingMaxPool
+from timm_gsa.models.san import SANBlock
 
 
 @pytest.fixture

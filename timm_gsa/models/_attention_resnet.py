@@ -7,6 +7,7 @@ import torch.nn as nn
 from timm.layers import get_norm_layer
 from timm.models.resnet import Bottleneck, ResNet, downsample_conv
 
+from ..layers._pool import OverlappingMaxPool
 from ._zoo import SMALL_STEM, check_stem
 
 __all__ = ['AttentionResNet']
@@ -50,9 +51,11 @@ class AttentionResNet(ResNet):
                 dtype=weight.dtype,
             )
             nn.init.kaiming_normal_(self.conv1.weight, mode='fan_out', nonlinearity='relu')
-            self.maxpool = nn.Identity()
+            self.maxpool: nn.Module = nn.Identity()
             for feature in self.feature_info:
                 feature['reduction'] = max(feature['reduction'] // 4, 1)
+        elif repr(self.maxpool) == repr(nn.MaxPool2d(kernel_size=3, stride=2, padding=1)):
+            self.maxpool = OverlappingMaxPool()
         for stage in range(2, 5):
             block = getattr(self, f'layer{stage}')[0]
             if block.downsample is None:

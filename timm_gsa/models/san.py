@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-from timm.layers import DropPath, LayerType, get_act_layer, get_norm_layer, register_notrace_module
+from timm.layers import DropPath, LayerType, get_act_layer, get_norm_layer
 from timm.models import register_model
 from timm.models._manipulate import checkpoint
 from timm.models.resnet import Bottleneck, ResNet
 
 from ..layers import PairwiseAttention, PatchwiseAttention
 from ..layers._norm import affine_of, watched
+from ..layers._pool import HalvingMaxPool
 from ..ops._innermost import buffered
 from ..ops._paths import compiled_for_cpu, inference_on_cpu, records_gradients
 from ._zoo import SMALL_STEM, check_stem, cifar100_cfg, create_from_zoo, default_cfg, zoo_cfgs
@@ -30,23 +30,6 @@ from ._zoo import SMALL_STEM, check_stem, cifar100_cfg, create_from_zoo, default
 __all__ = ['SAN', 'SANBlock', 'checkpoint_filter_fn']
 
 _ATTENTION = {'pairwise': PairwiseAttention, 'patchwise': PatchwiseAttention}
-
-
-@register_notrace_module  # works on shapes in Python
-class HalvingMaxPool(nn.Module):
-    """Max pool over 2 x 2 pixels, which ignores the last row and column of odd maps.
-
-    The same as `nn.MaxPool2d(2)`, whose kernel for contiguous maps on a CPU takes several times as long as the maximum
-    of slices; the gradient of that is another where pixels are equal.
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting():
-            height, width = x.shape[-2] // 2 * 2, x.shape[-1] // 2 * 2
-            if inference_on_cpu(x) and height > 0 and width > 0:
-                x = torch.maximum(x[..., 0:height:2, :width], x[..., 1:height:2, :width])
-                return torch.maximum(x[..., 0::2], x[..., 1::2])
-        return F.max_pool2d(x, 2)
 
 
 class SANStem(nn.Sequential):
