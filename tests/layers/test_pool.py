@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from timm_gsa.layers._pool import HalvingMaxPool, OverlappingMaxPool
+from timm_gsa.layers._pool import HalvingMaxPool, OverlappingMaxPool, overlapping_average_pool
 
 PAIRS = [(HalvingMaxPool(), nn.MaxPool2d(2)), (OverlappingMaxPool(), nn.MaxPool2d(3, 2, 1))]
 
@@ -47,3 +47,14 @@ def test_pools_take_a_batch_without_images_and_one_image_alone_as_torch_does(poo
 def test_scripted_pools_agree(pool, expected):
     x = torch.randn(1, 2, 7, 8)
     torch.testing.assert_close(torch.jit.script(pool)(x), expected(x))
+
+
+@pytest.mark.parametrize('size', [(1, 1), (1, 4), (5, 1), (2, 2), (3, 5), (8, 7), (7, 8), (12, 10)])
+def test_average_pool_counts_what_the_windows_cover(size):
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    expected = nn.functional.avg_pool2d(x, 3, 2, padding=1, count_include_pad=False)
+    with torch.no_grad():
+        for laid_out in (x, x.contiguous(memory_format=torch.channels_last), x.float()):
+            out = overlapping_average_pool(laid_out)
+            torch.testing.assert_close(out, expected.to(out.dtype))
+    torch.testing.assert_close(overlapping_average_pool(x.requires_grad_()), expected)

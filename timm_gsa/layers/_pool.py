@@ -1,4 +1,6 @@
-"""Max pools of the networks' stems, with forms that are faster in inference on a CPU."""
+"""Pools whose form for contiguous maps in inference on a CPU is several times as fast as the kernel of torch."""
+from collections.abc import Callable
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -6,15 +8,15 @@ from timm.layers import register_notrace_module
 
 from ..ops._paths import inference_on_cpu
 
-__all__ = ['HalvingMaxPool', 'OverlappingMaxPool']
+__all__ = ['HalvingMaxPool', 'OverlappingMaxPool', 'overlapping_average_pool']
 
 
 @register_notrace_module  # works on shapes in Python
 class HalvingMaxPool(nn.Module):
     """Max pool over 2 x 2 pixels, which ignores the last row and column of odd maps.
 
-    The same as `nn.MaxPool2d(2)`, whose kernel for contiguous maps on a CPU takes several times as long as the maximum
-    of slices; the gradient of that is another where pixels are equal.
+    The same as `nn.MaxPool2d(2)`. The faster form is the maximum of slices, whose gradient is another where pixels are
+    equal.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -30,8 +32,7 @@ class HalvingMaxPool(nn.Module):
 class OverlappingMaxPool(nn.MaxPool2d):
     """Max pool over 3 x 3 pixels with stride 2 and padding 1, that of a ResNet's stem.
 
-    The same as `nn.MaxPool2d(3, 2, 1)`, whose kernel for contiguous maps on a CPU takes several times as long as the
-    maximum of slices, image by image.
+    The same as `nn.MaxPool2d(3, 2, 1)`.
     """
 
     def __init__(self) -> None:
@@ -39,26 +40,50 @@ class OverlappingMaxPool(nn.MaxPool2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if inference_on_cpu(x) and x.ndim == 4 and x.is_contiguous():
-                return _image_by_image(x)
+            if _by_slices(x):
+                return _image_by_image(x, torch.maximum)
         return F.max_pool2d(x, 3, 2, 1)
 
 
+def overlapping_average_pool(x: torch.Tensor) -> torch.Tensor:
+    """Average over the pixels of 3 x 3 that lie within the map, with stride 2 and padding 1.
+
+    Args:
+        x: Maps of shape (B, C, H, W).
+
+    Returns:
+        Maps of shape (B, C, ceil(H / 2), ceil(W / 2)).
+    """
+    if not torch.jit.is_scripting():
+        if _by_slices(x):
+            covered = _image_by_image(x.new_ones(1, 1, *x.shape[2:]), torch.add)
+            return _image_by_image(x, torch.add).div_(covered)
+    return F.avg_pool2d(x, 3, 2, padding=1, count_include_pad=False)
+
+
 @torch.jit.unused
-def _image_by_image(x: torch.Tensor) -> torch.Tensor:
+def _by_slices(x: torch.Tensor) -> bool:
+    return inference_on_cpu(x) and x.ndim == 4 and x.is_contiguous()
+
+
+Operation = Callable[..., torch.Tensor]
+
+
+@torch.jit.unused
+def _image_by_image(x: torch.Tensor, operation: Operation) -> torch.Tensor:
     batch, channels, height, width = x.shape
     rows = x.new_empty(channels, (height + 1) // 2, width)
     out = x.new_empty(batch, channels, (height + 1) // 2, (width + 1) // 2)
     for image, pooled in zip(x, out, strict=True):
-        _pool_axis(image.movedim(1, 0), rows.movedim(1, 0))
-        _pool_axis(rows.movedim(2, 0), pooled.movedim(2, 0))
+        _pool_axis(image.movedim(1, 0), operation, rows.movedim(1, 0))
+        _pool_axis(rows.movedim(2, 0), operation, pooled.movedim(2, 0))
     return out
 
 
-def _pool_axis(x: torch.Tensor, out: torch.Tensor) -> None:
-    """Maximum of every second slice along the first axis and of the slices beside it."""
+def _pool_axis(x: torch.Tensor, operation: Operation, out: torch.Tensor) -> None:
+    """Maximum or sum of every second slice along the first axis and of the slices beside it."""
     centre, between = x[::2], x[1::2]
     pairs = len(between)
-    torch.maximum(centre[:pairs], between, out=out[:pairs])
+    operation(centre[:pairs], between, out=out[:pairs])
     out[pairs:].copy_(centre[pairs:])
-    torch.maximum(out[1:], between[:len(out) - 1], out=out[1:])
+    operation(out[1:], between[:len(out) - 1], out=out[1:])

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.layers import register_notrace_module
 
 from ..ops import gaussian_attention
+from ._pool import overlapping_average_pool
 
 __all__ = ['PriorAttention']
 
@@ -99,7 +99,7 @@ class PriorAttention(nn.Module):
     def project(self, x: torch.Tensor) -> torch.Tensor:
         """Values of the attention branch, (B, attended channels, ceil(H / stride), ceil(W / stride))."""
         if self.stride == 2:
-            x = F.avg_pool2d(x, 3, 2, padding=1, count_include_pad=False)
+            x = overlapping_average_pool(x)
         return self.value(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
