@@ -25,6 +25,8 @@ GUARDED = {
     'GlobalSelfAttention 56 x 56, 64 channels, training': (1.3, 0.6),
     'Gaussian 28 x 28, 128 channels, forward': (2., 0.9),
     'Gaussian 28 x 28, 128 channels, training': (1.5, 0.9),
+    'max pool of 3 x 3, 112 x 112, 64 channels, forward': (2., 0.9),
+    'max pool of 2 x 2, 112 x 112, 64 channels, forward': (1.5, 1.5),
 }
 
 

@@ -396,6 +396,10 @@ def operation_groups(setting: Setting, batch: int) -> Groups:
             'ours': way(setting.code(lambda x: ops.gaussian_attention(x, radius)), inputs),
         }
 
+    def pool(torchs: Any, ours: Any, channels: int, side: int) -> dict[str, Callable[[], Any]]:
+        inputs = (setting.laid_out(random(batch, channels, side, side)),)
+        return {"torch's": inferred(torchs, inputs), 'ours': inferred(setting.code(ours), inputs)}
+
     groups: Groups = {}
     for way, label in LABELS.items():
         if way is backward and setting.device.type != 'cuda':
@@ -417,6 +421,15 @@ def operation_groups(setting: Setting, batch: int) -> Groups:
                 position, side, channels, way)
         for channels, side in ((128, 28), (256, 14), (512, 7)):
             groups[f'Gaussian {side} x {side}, {channels} channels, {label}'] = partial(gaussian, channels, side, way)
+    if setting.device.type == 'cpu':  # elsewhere they are torch's
+        average = nn.AvgPool2d(3, 2, padding=1, count_include_pad=False)
+        for window, kind, torchs, ours, channels, side in (
+            (3, 'max', nn.MaxPool2d(3, 2, 1), _pool.OverlappingMaxPool(), 64, 112),
+            (2, 'max', nn.MaxPool2d(2), _pool.HalvingMaxPool(), 64, 112),
+            (3, 'average', average, _pool.overlapping_average_pool, 128, 56),
+        ):
+            groups[f'{kind} pool of {window} x {window}, {side} x {side}, {channels} channels, forward'] = partial(
+                pool, torchs, ours, channels, side)
     return groups
 
 
