@@ -631,7 +631,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     setting = Setting(
         torch.device(args.device), DTYPES[args.dtype], args.channels_last, args.compile, args.rounds, args.fuse)
     deadline = time.monotonic() + (args.seconds or float('inf'))
-    models = [name for name in args.models if args.what == 'scaling' or takes(name, args.img_size)]
+    models = [
+        name for name in args.models if args.what in ('operations', 'scaling') or takes(name, args.img_size)]
     for name in sorted(set(args.models).difference(models)):
         tqdm.write(f'{name} is left out: it takes no images of {args.img_size} px', file=sys.stderr)
     if args.what == 'profile':
