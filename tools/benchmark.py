@@ -423,12 +423,12 @@ def operation_groups(setting: Setting, batch: int) -> Groups:
             groups[f'Gaussian {side} x {side}, {channels} channels, {label}'] = partial(gaussian, channels, side, way)
     if setting.device.type == 'cpu':  # elsewhere they are torch's
         average = nn.AvgPool2d(3, 2, padding=1, count_include_pad=False)
-        for window, kind, torchs, ours, channels, side in (
+        for window, what, torchs, ours, channels, side in (
             (3, 'max', nn.MaxPool2d(3, 2, 1), _pool.OverlappingMaxPool(), 64, 112),
             (2, 'max', nn.MaxPool2d(2), _pool.HalvingMaxPool(), 64, 112),
             (3, 'average', average, _pool.overlapping_average_pool, 128, 56),
         ):
-            groups[f'{kind} pool of {window} x {window}, {side} x {side}, {channels} channels, forward'] = partial(
+            groups[f'{what} pool of {window} x {window}, {side} x {side}, {channels} channels, forward'] = partial(
                 pool, torchs, ours, channels, side)
     return groups
 

@@ -31,6 +31,13 @@ def test_agrees_with_its_parts(height, width, bias, stride):
     torch.testing.assert_close(out, global_attention_reference(*tensors, stride), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.filterwarnings('error')
+def test_later_blocks_of_images_fit_into_the_memory_of_the_first():
+    tensors = inputs(35, 54, batch=5, heads=1, depth=2)
+    torch.testing.assert_close(
+        global_attention(*tensors), global_attention_reference(*tensors), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize('stride', [1, 2])
 @pytest.mark.parametrize('size', [(6, 5), (6, 8), (40, 30)])
 def test_takes_and_keeps_any_memory_layout(size, stride):

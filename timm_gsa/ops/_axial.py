@@ -54,21 +54,16 @@ def image_blocks(batch: int, heads: int, height: int, width: int) -> list[slice]
 
 def column_blocks(count: int, length: int) -> list[slice]:
     """Columns whose logits are computed at once, of so many of this length: blocks of nearly the same size."""
-    columns = _columns(count, length)
+    columns = -(-count // -(-count * length ** 2 // _BLOCK))
     return [slice(first, min(first + columns, count)) for first in range(0, count, columns)]
 
 
 def room(like: torch.Tensor, count: int, length: int) -> torch.Tensor:
-    """Memory for the logits of a block of so many columns of this length.
+    """Memory for the logits of any block of up to so many columns of this length.
 
     To be asked for once: a CPU may take longer to be given new memory than to compute what goes there.
     """
-    return like.new_empty(_columns(count, length) * length ** 2)
-
-
-def _columns(count: int, length: int) -> int:
-    blocks = -(-count * length ** 2 // _BLOCK)
-    return -(-count // blocks)
+    return like.new_empty(min(count, -(-_BLOCK // length ** 2)) * length ** 2)
 
 
 def is_narrow(depth: int, length: int) -> bool:
