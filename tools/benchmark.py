@@ -506,6 +506,13 @@ def profiled(setting: Setting, name: str, batch: int, size: int) -> str:
     return profile.key_averages().table(sort_by=key, row_limit=20, max_name_column_width=70)
 
 
+def small_step_seconds() -> float:
+    """What the threads of a CPU need for a small step together: more if their cores share no cache."""
+    numbers = torch.zeros(2 ** 16)
+    step = partial(torch.add, numbers, 1, out=torch.empty_like(numbers))
+    return statistics.median(seconds(step, numbers.device) for _ in range(300))
+
+
 def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
     related = any(row.bound is not None for row in rows)
@@ -540,7 +547,10 @@ def machine(setting: Setting) -> dict[str, Any]:
         compiled=setting.compiled,
         fused=setting.fused,
         rounds=setting.rounds,
-        **({'copied_GB_per_s': round(bandwidth(setting.device) / 1e9)} if setting.device.type == 'cuda' else {}),
+        **(
+            {'copied_GB_per_s': round(bandwidth(setting.device) / 1e9)} if setting.device.type == 'cuda'
+            else {'small_step_us': round(1e6 * small_step_seconds(), 1)}
+        ),
         command=' '.join(['python', 'tools/benchmark.py', *sys.argv[1:]]),
     )
 
