@@ -1,5 +1,6 @@
 """Aggregation against the SAN authors' numbers and against loops over single numbers, on every path of execution."""
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -267,6 +268,45 @@ def test_compiled_once_for_sizes_that_vary() -> None:
         for size in ((8, 10), (5, 13)):  # torch would tie a width of 9 to the K * K places
             value, weight, cotangent = made_case(size, 3)
             torch.testing.assert_close(call(value, weight), loops(value, weight, cotangent, 3, 1)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("size", "kernel_size", "dilation"), [
+    ((6, 5), 3, 2), ((9, 20), 5, 1), ((20, 9), 7, 1), ((2, 17), 5, 1), ((3, 4), 1, 1)])
+def test_compiled_inference_agrees_in_every_layout(
+        size: tuple[int, int], kernel_size: int, dilation: int, dtype: torch.dtype) -> None:
+    value, weight, cotangent = made_case(size, kernel_size, dtype=dtype)
+    want = loops(*(x.double() for x in (value, weight, cotangent)), kernel_size, dilation)[0].to(dtype)
+    call = compiled(Module(kernel_size, dilation), value, weight)
+    innermost = weight.permute(0, 3, 4, 2, 1).contiguous().permute(0, 4, 3, 1, 2)
+    with torch.no_grad():
+        for values in (value, value.contiguous(memory_format=torch.channels_last)):
+            for weights in (weight, innermost):
+                out = call(values, weights)
+                assert out.stride() == values.stride()
+                torch.testing.assert_close(out, want)
+
+
+def test_compiled_training_takes_sizes_that_vary_and_keeps_its_inputs_alone() -> None:
+    torch._dynamo.reset()
+    call = torch.compile(Module(7, 1), backend="aot_eager", fullgraph=True, dynamic=True)
+    for size in ((12, 12), (9, 11), (16, 10)):
+        case = made_case(size, 7)
+        kept: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x) or x, lambda x: x):
+            got = with_gradients(call, *case)
+        assert_all_close(got, loops(*case, 7, 1))
+        padded = reflect_pad(case[0], 3)
+        assert 0 < sum(x.numel() for x in kept) <= sum(x.numel() for x in (*case[:2], padded))
+
+
+def test_compiled_training_is_a_sound_operator() -> None:
+    value, weight, _ = made_case((5, 8), 3)
+    for padded in (reflect_pad(value, 1), reflect_pad(value, 1).contiguous(memory_format=torch.channels_last)):
+        inputs = padded.requires_grad_(), weight.requires_grad_(), 3, 1
+        torch.library.opcheck(torch.ops.timm_gsa.shifted_sum.default, inputs)
+        call = partial(torch.ops.timm_gsa.shifted_sum, kernel_size=3, dilation=1)
+        assert torch.autograd.gradgradcheck(call, inputs[:2], fast_mode=True)
 
 
 def test_exported_with_sizes_that_vary() -> None:

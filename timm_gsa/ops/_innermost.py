@@ -8,9 +8,9 @@ Source: Zhao, Jia and Koltun, "Exploring Self-attention for Image Recognition", 
 """
 import torch
 
-from .neighbourhood import reflect_pad, same_padding
+from .neighbourhood import joined_reflect_pad, reflect_pad, same_padding
 
-__all__ = ['buffered', 'difference_attention', 'patch_attention']
+__all__ = ['buffered', 'difference_attention', 'patch_attention', 'weighted_sum']
 
 
 def difference_attention(
@@ -60,7 +60,7 @@ def difference_attention(
         highest = torch.maximum(highest, each.amax(-2, keepdim=True))
     weights = [each.sub_(highest).exp_() for each in logits]
     share = 1 / sum(each.sum(-2, keepdim=True) for each in weights)
-    return _weighted_sum(value, [each.mul_(share) for each in weights], *window)
+    return weighted_sum(value, [each.mul_(share) for each in weights], *window)
 
 
 def patch_attention(
@@ -109,7 +109,7 @@ def patch_attention(
     hidden = torch.cat([hidden.relu_(), hidden.new_ones(1).expand(*hidden.shape[:-1], 1)], dim=-1)
     weight2 = torch.cat([weight2, bias2[:, None]], dim=1).unflatten(0, (-1, *places)).permute(1, 3, 2, 0)
     weights = [(hidden @ matrix.flatten(1)).unflatten(-1, (kernel_size, -1)) for matrix in weight2]
-    return _weighted_sum(value, weights, *window)
+    return weighted_sum(value, weights, *window)
 
 
 def buffered(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -117,7 +117,7 @@ def buffered(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return torch.stack(tensors).unbind()
 
 
-def _weighted_sum(value: torch.Tensor, weights: list[torch.Tensor], kernel_size: int, dilation: int) -> torch.Tensor:
+def weighted_sum(value: torch.Tensor, weights: list[torch.Tensor], kernel_size: int, dilation: int) -> torch.Tensor:
     """`aggregation` by a (B, H, W, K, G) of weights for each row."""
     batch, channels, height, width = value.shape
     groups = weights[0].shape[-1]
@@ -146,7 +146,4 @@ def _padded(x: torch.Tensor, padding: int) -> torch.Tensor:
     height, width = x.shape[-2:]
     if not 0 < padding < min(height, width):
         return reflect_pad(x, padding).movedim(1, -1).contiguous()
-    # Joined from slices, which the compiler makes a buffer of; a padding it would do again wherever that is read.
-    x = x.movedim(1, -1)
-    x = torch.cat([x[:, 1:padding + 1].flip(1), x, x[:, height - padding - 1:height - 1].flip(1)], dim=1)
-    return torch.cat([x[:, :, 1:padding + 1].flip(2), x, x[:, :, width - padding - 1:width - 1].flip(2)], dim=2)
+    return joined_reflect_pad(x.movedim(1, -1), padding, (1, 2))

@@ -11,6 +11,7 @@ __all__ = [
     'in_parts',
     'inference_on_cpu',
     'is_exporting',
+    'is_known_to_hold',
     'records_gradients',
     'register_gradients',
 ]
@@ -65,6 +66,20 @@ def compiled_for_cpu(*tensors: torch.Tensor) -> bool:
 def is_exporting() -> bool:
     """Whether torch.export looks on, which torch before 2.7 cannot say: its programs hold the form for the compiler."""
     return getattr(torch.compiler, 'is_exporting', bool)()
+
+
+@torch.jit.unused
+def is_known_to_hold(condition: bool) -> bool:
+    """Whether a condition on sizes holds; false where a program that is exported or compiled leaves them open.
+
+    To ask for it itself would tie the program to the answer at the sizes it was made at; ONNX graphs would then be
+    wrong at other sizes without an error.
+    """
+    if torch.compiler.is_dynamo_compiling() and not hasattr(torch.compiler, 'is_exporting'):
+        return condition  # dynamo before torch 2.7 cannot ask the other question
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # takes long to import
+
+    return statically_known_true(condition)
 
 
 # The C library gives larger blocks back to the system, which hands every page out anew.

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ._paths import is_exporting
-from .neighbourhood import reflect_pad, same_padding, windows
+from ._innermost import buffered, weighted_sum
+from ._paths import differentiable_gradients, is_exporting, is_known_to_hold, records_gradients
+from .neighbourhood import joined_reflect_pad, reflect_pad, same_padding, windows
 
 __all__ = ['aggregation', 'aggregation_reference']
 
@@ -42,16 +43,19 @@ def aggregation(value: torch.Tensor, weight: torch.Tensor, kernel_size: int, dil
     if not torch.jit.is_scripting():
         if _triton_serves(value, weight, padding):
             return _by_triton(value, weight, kernel_size, dilation)
-    padded = reflect_pad(value, padding)
     weight = weight.to(value.dtype)
+    if not torch.jit.is_scripting():
+        if torch.compiler.is_compiling() and not is_exporting() and not records_gradients(value, weight):
+            return _fused_sum(value, weight, kernel_size, dilation)
+    padded = reflect_pad(value, padding)
     if torch.jit.is_scripting() or torch.jit.is_tracing():
         return _shifted_sum(padded, weight, kernel_size, dilation)
     else:
         if is_exporting():
             return _shifted_sum(padded, weight, kernel_size, dilation)
         if torch.compiler.is_compiling():
-            return _window_sum(padded, weight, kernel_size, dilation)
-        if torch.is_grad_enabled() and (value.requires_grad or weight.requires_grad):
+            return _compiled_shifted_sum(padded, weight, kernel_size, dilation)
+        if records_gradients(padded, weight):
             return _ShiftedSum.apply(padded, weight, kernel_size, dilation)
         return _shifted_sum(padded, weight, kernel_size, dilation)
 
@@ -153,20 +157,65 @@ def _shifted_sum(padded: torch.Tensor, weight: torch.Tensor, kernel_size: int, d
     return total.to(padded.dtype)
 
 
-def _window_sum(padded: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
-    """Product of a strided view and the weights, summed over the window: the compiler makes one loop of it."""
-    wide = torch.float64 if padded.dtype == torch.float64 else torch.float32
-    # Widened before the windows are taken, so that their gradients are summed in float32 as well.
-    source = _grouped(padded.to(wide), weight.shape[1])
-    factors = weight.unflatten(2, (kernel_size, kernel_size))[:, None]
-    return (windows(source, kernel_size, dilation) * factors).sum((-4, -3)).to(padded.dtype).flatten(1, 2)
+def _fused_sum(value: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
+    """The sum in the form that a compiler makes the fastest code of; not for training.
+
+    For gradients it would keep all K * K shifted values.
+    """
+    wide = torch.float64 if value.dtype == torch.float64 else torch.float32
+    height, width = value.shape[-2:]
+    padding = same_padding(kernel_size, dilation)
+    square = kernel_size, kernel_size
+    short, long = is_known_to_hold(width < 16), is_known_to_hold(width >= 16)
+    if value.device.type == 'cpu' and (short or long):
+        channels_last, groups_last = value.stride(1) == 1, weight.stride(1) == 1
+        if short or channels_last or groups_last:
+            rows = weight.unflatten(2, square).permute(2, 0, 4, 5, 3, 1).to(wide).unbind()
+            out = weighted_sum(
+                value.to(wide), list(rows if groups_last else buffered(*rows)), kernel_size, dilation).to(value.dtype)
+            return out if channels_last else out.contiguous()
+    if long and value.device.type == 'cpu' and padding > 0 and padding < height and padding < width:
+        padded = joined_reflect_pad(_grouped(value.to(wide), weight.shape[1]), padding, (-2, -1))
+        shifted = padded.unfold(-2, height, dilation).unfold(-2, width, dilation)
+    else:
+        shifted = windows(_grouped(reflect_pad(value, padding).to(wide), weight.shape[1]), kernel_size, dilation)
+    factors = weight.unflatten(2, square)[:, None]
+    return (shifted * factors).sum((-4, -3)).to(value.dtype).flatten(1, 2)
 
 
-class _ShiftedSum(torch.autograd.Function):
-    """`_shifted_sum` with a backward pass that needs only its two inputs.
+def _shifted_gradients(
+        grad: torch.Tensor,
+        padded: torch.Tensor,
+        weight: torch.Tensor,
+        kernel_size: int,
+        dilation: int,
+        needed: tuple[bool, bool] = (True, True),
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of `_shifted_sum` to its two tensors, those that are needed, from that of its result.
 
     Autograd through the loop would keep K * K slices alive and write the gradient of the padded map once per place.
     """
+    groups = weight.shape[1]
+    height, width = weight.shape[-2:]
+    wide = torch.float64 if padded.dtype == torch.float64 else torch.float32
+    grad = _grouped(grad, groups)
+    source = _grouped(padded, groups)
+    grad_padded = torch.zeros_like(padded, dtype=wide)
+    target = _grouped(grad_padded, groups)
+    grad_weight = torch.empty_like(weight) if needed[1] else None
+    for place in range(kernel_size ** 2):
+        top = place // kernel_size * dilation
+        left = place % kernel_size * dilation
+        window = (..., slice(top, top + height), slice(left, left + width))
+        if needed[0]:
+            target[window].addcmul_(grad, weight[:, None, :, place])
+        if grad_weight is not None:
+            grad_weight[:, :, place] = (grad * source[window]).sum(1, dtype=wide)
+    return grad_padded.to(padded.dtype) if needed[0] else None, grad_weight
+
+
+class _ShiftedSum(torch.autograd.Function):
+    """`_shifted_sum` with a backward pass that needs only its two inputs."""
 
     generate_vmap_rule = True
 
@@ -176,31 +225,59 @@ class _ShiftedSum(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        padded, weight, ctx.kernel_size, ctx.dilation = inputs
-        ctx.save_for_backward(padded, weight)
+        _keep(ctx, inputs, output)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         padded, weight = ctx.saved_tensors
-        groups = weight.shape[1]
-        height, width = weight.shape[-2:]
-        wide = torch.float64 if padded.dtype == torch.float64 else torch.float32
-        grad = _grouped(grads[0], groups)
-        source = _grouped(padded, groups)
-        grad_padded = torch.zeros_like(padded, dtype=wide)
-        target = _grouped(grad_padded, groups)
-        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        for place in range(ctx.kernel_size ** 2):
-            top = place // ctx.kernel_size * ctx.dilation
-            left = place % ctx.kernel_size * ctx.dilation
-            window = (..., slice(top, top + height), slice(left, left + width))
-            if ctx.needs_input_grad[0]:
-                target[window].addcmul_(grad, weight[:, None, :, place])
-            if grad_weight is not None:
-                grad_weight[:, :, place] = (grad * source[window]).sum(1, dtype=wide)
-        return (
-            grad_padded.to(padded.dtype) if ctx.needs_input_grad[0] else None,
-            grad_weight,
-            None,
-            None,
-        )
+        needed = ctx.needs_input_grad[:2]
+        return *_shifted_gradients(grads[0], padded, weight, ctx.kernel_size, ctx.dilation, needed), None, None
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    padded, weight, ctx.kernel_size, ctx.dilation = inputs
+    ctx.save_for_backward(padded, weight)
+
+
+@torch.library.custom_op('timm_gsa::shifted_sum', mutates_args=())
+def _compiled_shifted_sum(padded: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
+    """`_ShiftedSum` as an operator: a compiler would make one large kernel of each of its K * K steps."""
+    return _shifted_sum(padded, weight, kernel_size, dilation)
+
+
+@_compiled_shifted_sum.register_fake
+def _like_map(padded: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
+    return torch.empty_like(padded[..., :weight.shape[-2], :weight.shape[-1]])
+
+
+@torch.library.custom_op('timm_gsa::shifted_sum_backward', mutates_args=())
+def _compiled_shifted_gradients(
+        grad: torch.Tensor,
+        padded: torch.Tensor,
+        weight: torch.Tensor,
+        kernel_size: int,
+        dilation: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    grad_padded, grad_weight = _shifted_gradients(grad, padded, weight, kernel_size, dilation)
+    assert grad_padded is not None and grad_weight is not None
+    return grad_padded, grad_weight
+
+
+@_compiled_shifted_gradients.register_fake
+def _like_inputs(
+        grad: torch.Tensor,
+        padded: torch.Tensor,
+        weight: torch.Tensor,
+        kernel_size: int,
+        dilation: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(padded), torch.empty_like(weight)
+
+
+def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    if torch.is_grad_enabled():  # for gradients of gradients
+        return differentiable_gradients(_shifted_sum, ctx.saved_tensors, grad, ctx.kernel_size, ctx.dilation)
+    return *_compiled_shifted_gradients(grad, *ctx.saved_tensors, ctx.kernel_size, ctx.dilation), None, None
+
+
+_compiled_shifted_sum.register_autograd(_gradients, setup_context=_keep)

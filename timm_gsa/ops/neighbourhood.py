@@ -73,6 +73,18 @@ def neighbourhood(x: torch.Tensor, kernel_size: int, dilation: int = 1) -> torch
     return windows(reflect_pad(x, same_padding(kernel_size, dilation)), kernel_size, dilation)
 
 
+def joined_reflect_pad(x: torch.Tensor, padding: int, axes: tuple[int, int]) -> torch.Tensor:
+    """`reflect_pad` along these axes, joined from slices, which a compiler makes a buffer of.
+
+    A padding it would compute anew wherever that is read. The padding must be above 0 and below the axes' lengths.
+    """
+    for axis in axes:
+        length = x.shape[axis]
+        first, last = x.narrow(axis, 1, padding), x.narrow(axis, length - padding - 1, padding)
+        x = torch.cat([first.flip(axis), x, last.flip(axis)], dim=axis)
+    return x
+
+
 def windows(padded: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
     """View (..., H + 2 * padding, W + 2 * padding), padded by `same_padding`, as (..., K, K, H, W)."""
     # Unfolded by the size of the window, not of the map, which would tie an exported program to one size.

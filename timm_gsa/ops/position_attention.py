@@ -17,7 +17,7 @@ from ._axial import (
     room,
     unfolded,
 )
-from ._paths import compiled_for_cpu, eager_on_cpu, register_gradients
+from ._paths import compiled_for_cpu, eager_on_cpu, is_known_to_hold, register_gradients
 
 __all__ = ['column_attention', 'column_attention_reference', 'resize_relative_table', 'row_attention']
 
@@ -94,22 +94,8 @@ def resize_relative_table(table: torch.Tensor, length: int) -> torch.Tensor:
 def _same(rows: int, new_rows: int) -> bool:
     if not torch.jit.is_scripting():
         if torch.compiler.is_compiling():
-            return _known_to_be_the_same(rows, new_rows)
+            return is_known_to_hold(rows == new_rows)
     return rows == new_rows
-
-
-@torch.jit.unused
-def _known_to_be_the_same(rows: int, new_rows: int) -> bool:
-    """Whether the numbers are equal; false where a program that is exported or compiled leaves one open.
-
-    To ask for their equality would tie the program to the size it was made at; ONNX graphs would then be wrong at other
-    sizes without an error.
-    """
-    if torch.compiler.is_dynamo_compiling() and not hasattr(torch.compiler, 'is_exporting'):
-        return rows == new_rows  # dynamo before torch 2.7 cannot ask the other question
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # takes long to import
-
-    return statically_known_true(rows == new_rows)
 
 
 def _check(query: torch.Tensor, table: torch.Tensor) -> None:
