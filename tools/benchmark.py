@@ -118,7 +118,8 @@ class Setting:
         return model.to(memory_format=torch.channels_last) if self.channels_last else model
 
     def code(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return torch.compile(function) if self.compiled else function
+        # Each size by itself, which torch would otherwise make one code of once it has seen the second.
+        return torch.compile(function, dynamic=False) if self.compiled else function
 
 
 def takes(name: str, size: int) -> bool:
@@ -359,9 +360,12 @@ def operation_groups(setting: Setting, batch: int) -> Groups:
         if has_global_loop(setting.device):
             single = value.float().contiguous(), weight.float()
             runs['global-memory loop, float32'] = way(lambda v, w: global_loop()(v, w, kernel_size), single)
-        if setting.device.type == 'cuda' and setting.channels_last:
-            runs['ours, groups innermost'] = ours(weight.permute(0, 3, 4, 2, 1).contiguous().permute(0, 4, 3, 1, 2))
-            weight = weight.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)  # from a patchwise layer
+        if setting.channels_last:
+            innermost = weight.permute(0, 3, 4, 2, 1).contiguous().permute(0, 4, 3, 1, 2)
+            if setting.device.type == 'cuda':
+                runs['ours, groups innermost'] = ours(innermost)
+                innermost = weight.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)  # from a patchwise layer
+            weight = innermost
         runs['ours'] = ours(weight)
         return runs
 
