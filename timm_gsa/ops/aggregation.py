@@ -45,19 +45,14 @@ def aggregation(value: torch.Tensor, weight: torch.Tensor, kernel_size: int, dil
             return _by_triton(value, weight, kernel_size, dilation)
     weight = weight.to(value.dtype)
     if not torch.jit.is_scripting():
-        if torch.compiler.is_compiling() and not is_exporting() and not records_gradients(value, weight):
-            return _fused_sum(value, weight, kernel_size, dilation)
-    padded = reflect_pad(value, padding)
-    if torch.jit.is_scripting() or torch.jit.is_tracing():
-        return _shifted_sum(padded, weight, kernel_size, dilation)
-    else:
-        if is_exporting():
-            return _shifted_sum(padded, weight, kernel_size, dilation)
-        if torch.compiler.is_compiling():
-            return _compiled_shifted_sum(padded, weight, kernel_size, dilation)
-        if records_gradients(padded, weight):
-            return _ShiftedSum.apply(padded, weight, kernel_size, dilation)
-        return _shifted_sum(padded, weight, kernel_size, dilation)
+        if not torch.jit.is_tracing() and not is_exporting():
+            compiling = torch.compiler.is_compiling()
+            if records_gradients(value, weight):
+                shifted_sum = _compiled_shifted_sum if compiling else _ShiftedSum.apply
+                return shifted_sum(reflect_pad(value, padding), weight, kernel_size, dilation)
+            if compiling:
+                return _fused_sum(value, weight, kernel_size, dilation)
+    return _shifted_sum(reflect_pad(value, padding), weight, kernel_size, dilation)
 
 
 def aggregation_reference(
@@ -166,15 +161,16 @@ def _fused_sum(value: torch.Tensor, weight: torch.Tensor, kernel_size: int, dila
     height, width = value.shape[-2:]
     padding = same_padding(kernel_size, dilation)
     square = kernel_size, kernel_size
-    short, long = is_known_to_hold(width < 16), is_known_to_hold(width >= 16)
-    if value.device.type == 'cpu' and (short or long):
+    on_cpu = value.device.type == 'cpu'
+    short, long = on_cpu and is_known_to_hold(width < 16), on_cpu and is_known_to_hold(width >= 16)
+    if short or long:
         channels_last, groups_last = value.stride(1) == 1, weight.stride(1) == 1
         if short or channels_last or groups_last:
             rows = weight.unflatten(2, square).permute(2, 0, 4, 5, 3, 1).to(wide).unbind()
             out = weighted_sum(
                 value.to(wide), list(rows if groups_last else buffered(*rows)), kernel_size, dilation).to(value.dtype)
             return out if channels_last else out.contiguous()
-    if long and value.device.type == 'cpu' and padding > 0 and padding < height and padding < width:
+    if long and padding > 0 and padding < height and padding < width:
         padded = joined_reflect_pad(_grouped(value.to(wide), weight.shape[1]), padding, (-2, -1))
         shifted = padded.unfold(-2, height, dilation).unfold(-2, width, dilation)
     else:

@@ -93,7 +93,7 @@ def windows(padded: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tens
     view = view.movedim((-2, -1), (-4, -3))
     if not torch.jit.is_scripting():
         if torch.compiler.is_compiling():
-            # Free, as the compiler fuses it. Without it torch compares K with the size of the map to choose a memory
-            # layout, and compiles anew for smaller maps.
+            # Free in inference, as the compiler fuses it. Without it torch compares K with the size of the map to
+            # choose a memory layout, and compiles anew for smaller maps.
             view = view.clone(memory_format=torch.contiguous_format)
     return view
