@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn as nn
 
+import timm_gsa.ops._paths as paths
 from timm_gsa.layers import PairwiseAttention, PatchwiseAttention
 from timm_gsa.ops import aggregation, aggregation_reference
 
@@ -28,11 +29,18 @@ chooser = importlib.import_module("timm_gsa.ops.aggregation")  # the module, whi
 
 
 def why_not() -> str | None:
-    """Why the kernels cannot run here, even interpreted."""
+    """Why the kernels cannot be compiled here."""
     if importlib.util.find_spec("triton") is None:
         return "needs Triton"
     if torch.__version__ < "2.8":
         return f"needs torch 2.8 and the Triton that came with it, got torch {torch.__version__}"
+    return None
+
+
+def why_not_interpreted() -> str | None:
+    """Why the kernels cannot run here in Triton's interpreter."""
+    if why_not() is not None:
+        return why_not()
     version = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
     if version < (3, 7) and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
         return "the interpreter of Triton before 3.7 needs NumPy before 2.4"
@@ -42,6 +50,7 @@ def why_not() -> str | None:
 IMPORTED = "timm_gsa.ops._aggregation_triton" in sys.modules  # before any test ran
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_triton = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+needs_interpreter = pytest.mark.skipif(why_not_interpreted() is not None, reason=str(why_not_interpreted()))
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="needs a CUDA device")
 FIRST = ("first", "first inside", "permuted", "expanded")
 WEIGHTS = {  # axes of (B, G, K * K, H, W) from the outermost in memory to the innermost
@@ -138,7 +147,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         return torch.empty_like(args[0])
 
     monkeypatch.setattr(module, "fused_aggregation", record)
-    monkeypatch.setattr(chooser, "_runs_triton", lambda device: True)
+    monkeypatch.setattr(paths, "_runs_triton", lambda device: True)
     return calls
 
 
@@ -184,7 +193,7 @@ def test_without_triton_a_gpu_takes_the_way_of_the_cpu(missing: str, monkeypatch
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.9"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    finds_triton = chooser._finds_triton.__wrapped__
+    finds_triton = paths._finds_triton.__wrapped__
     assert finds_triton(torch.device("cuda"))
     if missing == "Triton":
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -193,7 +202,7 @@ def test_without_triton_a_gpu_takes_the_way_of_the_cpu(missing: str, monkeypatch
     else:
         monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.7.1"))
     assert not finds_triton(torch.device("cuda"))
-    monkeypatch.setattr(chooser, "_runs_triton", finds_triton)
+    monkeypatch.setattr(paths, "_runs_triton", finds_triton)
     with torch._subclasses.FakeTensorMode():
         assert aggregation(*on_cuda(4, 5), 3).shape == (2, 6, 4, 5)
 
@@ -209,12 +218,12 @@ def test_triton_asks_for_a_capability(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert chooser._finds_triton.__wrapped__(torch.device("cuda:0")) is served
+    assert paths._finds_triton.__wrapped__(torch.device("cuda:0")) is served
 
 
 @needs_triton
 def test_compiler_sees_one_operator(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chooser, "_finds_triton", lambda device: True)
+    monkeypatch.setattr(paths, "_finds_triton", lambda device: True)
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
@@ -232,7 +241,7 @@ def test_compiler_sees_one_operator(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_triton
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_programs_hold_no_operator_of_ours(strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chooser, "_finds_triton", lambda device: True)
+    monkeypatch.setattr(paths, "_finds_triton", lambda device: True)
     with torch._subclasses.FakeTensorMode():
         program = torch.export.export(Module(), on_cuda(4, 5), strict=strict)
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
@@ -243,7 +252,7 @@ def test_exported_programs_hold_no_operator_of_ours(strict: bool, monkeypatch: p
 def test_export_is_known_from_compilation() -> None:
     class Asks(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x + (1 if chooser.is_exporting() else 2)
+            return x + (1 if paths.is_exporting() else 2)
 
     torch._dynamo.reset()
     x = torch.zeros(1)
@@ -253,11 +262,11 @@ def test_export_is_known_from_compilation() -> None:
 
 
 def test_function_transforms_take_the_way_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chooser, "_finds_triton", lambda device: True)
+    monkeypatch.setattr(paths, "_finds_triton", lambda device: True)
     answers = []
 
     def ask(x: torch.Tensor) -> torch.Tensor:
-        answers.append(chooser._runs_triton(torch.device("cuda")))
+        answers.append(paths._runs_triton(torch.device("cuda")))
         return x
 
     ask(torch.ones(()))
@@ -351,7 +360,7 @@ def test_compiled_for_a_gpu_each_keeps_its_sums_in_registers_and_reads_16_bytes_
 
 
 @pytest.mark.slow
-@needs_triton
+@needs_interpreter
 @pytest.mark.skipif(INTERPRETED, reason="would start itself")
 def test_in_the_interpreter() -> None:
     run = subprocess.run(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.layers import LayerType, get_norm_layer, register_notrace_module, to_2tuple
 
 from ..ops import column_attention, content_attention, global_attention, resize_relative_table, row_attention
-from ..ops._paths import compiled_for_cpu, eager_on_cpu, records_gradients
+from ..ops._paths import compiled_for_cpu, eager_on_cpu, records_gradients, triton_serves
 from ..ops.global_attention import halved
 from ._norm import affine_of, watched
 
@@ -127,7 +127,9 @@ class GlobalSelfAttention(nn.Module):
                     F.conv2d(x, weight, bias).reshape(batch, self.num_heads, self.head_dim, height, width)
                     for weight, bias in zip(weights, biases, strict=True)
                 ]
-        return self.qkv(x).unflatten(1, [-1, self.num_heads, self.head_dim]).unbind(1)
+        # Not seen as one tensor of three, as gradients would be stacked, with channels no longer innermost.
+        parts = self.qkv(x).split(self.dim, dim=1)
+        return [part.unflatten(1, [self.num_heads, self.head_dim]) for part in parts]
 
     @torch.jit.unused
     def _projects_in_parts(self, x: torch.Tensor) -> bool:
@@ -169,6 +171,8 @@ class GlobalSelfAttention(nn.Module):
         tensors = x, *self.parameters()
         if self.branches != 'both' or type(self.qkv) is not nn.Conv2d or watched(self.qkv, self.norm):
             return None
-        if records_gradients(*tensors) or not (eager_on_cpu(*tensors) or compiled_for_cpu(*tensors)):
+        if records_gradients(*tensors):
+            return None
+        if not (eager_on_cpu(*tensors) or compiled_for_cpu(*tensors) or triton_serves(*tensors)):
             return None
         return affine_of(self.norm)

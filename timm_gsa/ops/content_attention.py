@@ -4,7 +4,7 @@ Source: Shen et al., "Global Self-Attention Networks for Image Recognition", arX
 """
 import torch
 
-from ._paths import compiled_for_cpu, eager_on_cpu, register_gradients
+from ._paths import compiled_for_cpu, eager_on_cpu, register_gradients, triton_multiplies
 
 __all__ = ['content_attention', 'content_attention_reference']
 
@@ -26,7 +26,8 @@ def content_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
         Tensor of shape (B, heads, e, H, W) and dtype of `value`.
     """
     if not torch.jit.is_scripting():
-        if eager_on_cpu(query, key, value) or compiled_for_cpu(query, key, value):
+        tensors = query, key, value
+        if eager_on_cpu(*tensors) or compiled_for_cpu(*tensors) or _triton_attends(*tensors):
             return _image_by_image(query, key, value)
     return _content_attention(query, key, value)
 
@@ -49,6 +50,12 @@ def _normalised_key(key: torch.Tensor) -> torch.Tensor:
     return key.flatten(3).softmax(-1, dtype=wide)
 
 
+@torch.jit.unused
+def _triton_attends(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether Triton kernels compute it, which keep a head's context in registers."""
+    return triton_multiplies(query, key, value) and query.shape == value.shape and value.shape[2] <= 128
+
+
 @torch.library.custom_op('timm_gsa::content_attention', mutates_args=(), device_types='cpu')
 def _image_by_image(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """`content_attention` image by image, so that all that lies between stays in the cache and no weights are kept.
@@ -60,6 +67,13 @@ def _image_by_image(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
         context = torch.bmm(value[image].flatten(2), key[image].flatten(2).softmax(-1).mT)
         _product(context, query[image].flatten(2), out[image])
     return out
+
+
+@_image_by_image.register_kernel('cuda')
+def _content(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    from ._global_attention_triton import content  # imports Triton
+
+    return content(query, key, value)
 
 
 @_image_by_image.register_fake
@@ -96,6 +110,18 @@ def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None
         torch.bmm(left, right, out=out.flatten(2))
     else:
         out.copy_(torch.bmm(left, right).view(out.shape))
+
+
+@_image_by_image_backward.register_kernel('cuda')
+def _content_backward(
+        grad: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from ._global_attention_triton import content_backward  # imports Triton
+
+    return content_backward(grad, query, key, value)
 
 
 @_image_by_image_backward.register_fake

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ._axial import gather, image_blocks, room, unfolded
-from ._paths import compiled_for_cpu, eager_on_cpu, records_gradients
+from ._paths import compiled_for_cpu, eager_on_cpu, records_gradients, triton_serves
 from .content_attention import content_attention
 from .position_attention import column_attention, row_attention
 
@@ -30,7 +30,7 @@ def global_attention(
 
     with `content_attention`, `column_attention` and `row_attention` of C / d heads, then averages of 2 x 2 positions if
     `stride` is 2. In inference on a CPU, compiled or not, images are computed one after the other, so that all that
-    lies between stays in the cache.
+    lies between stays in the cache; in inference on a GPU, three kernels follow the projection.
 
     Args:
         x: Map of shape (B, C, H, W).
@@ -48,6 +48,12 @@ def global_attention(
     tensors = [each for each in (x, weight, bias, table_h, table_w, scale, shift) if each is not None]
     if (eager_on_cpu(*tensors) or compiled_for_cpu(*tensors)) and not records_gradients(*tensors):
         return _image_by_image(x, weight, bias, table_h, table_w, scale, shift, stride)
+    by_triton = triton_serves(*tensors) and x.dtype != torch.float64 and table_h.shape[1] <= 128
+    if by_triton and not records_gradients(*tensors):
+        query, key, value = _projected(x, weight, bias, table_h.shape[1])
+        tables = table_h.to(query.dtype), table_w.to(query.dtype)  # autocast chooses the type of the projection
+        out = _fused(query, key, value, *tables, scale, shift).reshape(x.shape)
+        return halved(out) if stride == 2 else out
     return global_attention_reference(x, weight, bias, table_h, table_w, scale, shift, stride)
 
 
@@ -62,12 +68,22 @@ def global_attention_reference(
         stride: int = 1,
 ) -> torch.Tensor:
     """The same as `global_attention` by the operations it consists of."""
-    projected = F.conv2d(x, weight[:, :, None, None], bias)
-    query, key, value = projected.unflatten(1, (3, -1, table_h.shape[1])).unbind(1)
+    query, key, value = _projected(x, weight, bias, table_h.shape[1])
     column = column_attention(query, value, table_h).reshape(x.shape)
     normed = (column * scale[:, None, None] + shift[:, None, None]).reshape(value.shape)
     out = (content_attention(query, key, value) + row_attention(query, normed, table_w)).reshape(x.shape)
     return halved(out) if stride == 2 else out
+
+
+def _projected(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        depth: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query, key and value, each (B, C / d, d, H, W)."""
+    query, key, value = F.conv2d(x, weight[:, :, None, None], bias).unflatten(1, (3, -1, depth)).unbind(1)
+    return query, key, value
 
 
 def halved(x: torch.Tensor) -> torch.Tensor:
@@ -183,3 +199,32 @@ def _like_strided_x(
         stride: int,
 ) -> torch.Tensor:
     return torch.empty_like(x[..., ::stride, ::stride])
+
+
+@torch.library.custom_op('timm_gsa::fused_global_attention', mutates_args=(), device_types='cuda')
+def _fused(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        table_h: torch.Tensor,
+        table_w: torch.Tensor,
+        scale: torch.Tensor,
+        shift: torch.Tensor,
+) -> torch.Tensor:
+    """All that follows the projection, with the norm in the column step and the content in the row step."""
+    from ._global_attention_triton import fused  # imports Triton
+
+    return fused(query, key, value, table_h, table_w, scale, shift)
+
+
+@_fused.register_fake
+def _like_value(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        table_h: torch.Tensor,
+        table_w: torch.Tensor,
+        scale: torch.Tensor,
+        shift: torch.Tensor,
+) -> torch.Tensor:
+    return torch.empty_like(value)

@@ -17,7 +17,7 @@ from ._axial import (
     room,
     unfolded,
 )
-from ._paths import compiled_for_cpu, eager_on_cpu, is_known_to_hold, register_gradients
+from ._paths import compiled_for_cpu, eager_on_cpu, is_known_to_hold, register_gradients, triton_multiplies
 
 __all__ = ['column_attention', 'column_attention_reference', 'resize_relative_table', 'row_attention']
 
@@ -43,7 +43,8 @@ def column_attention(query: torch.Tensor, value: torch.Tensor, table: torch.Tens
     """
     _check(query, table)
     if not torch.jit.is_scripting():
-        if compiled_for_cpu(query, value, table) or (eager_on_cpu(query, value, table) and _large(query)):
+        tensors = query, value, table
+        if compiled_for_cpu(*tensors) or (eager_on_cpu(*tensors) and _large(query)) or _triton_attends(*tensors):
             return _blocked(query, value, table)
     return _column_attention(query, value, table)
 
@@ -125,6 +126,12 @@ def _large(query: torch.Tensor) -> bool:
     return height * height * width >= 2 ** 14
 
 
+@torch.jit.unused
+def _triton_attends(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> bool:
+    """Whether Triton kernels compute it, which keep a head's channels in registers."""
+    return triton_multiplies(query, value, table) and max(query.shape[2], value.shape[2]) <= 128
+
+
 @torch.library.custom_op('timm_gsa::column_attention', mutates_args=(), device_types='cpu')
 def _blocked(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """`column_attention` by blocks of logits, which the backward pass computes anew.
@@ -144,6 +151,13 @@ def _blocked(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> t
         columns = by_columns(value[images], values)
         from_columns(gather(by_rows(query[images], queries), embedding, columns, found, logits), out[images])
     return out
+
+
+@_blocked.register_kernel('cuda')
+def _attend(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    from ._global_attention_triton import attend  # imports Triton
+
+    return attend(query, value, table)
 
 
 @_blocked.register_fake
@@ -195,6 +209,18 @@ def _blocked_backward(
     grad_table = torch.zeros_like(table)
     grad_table.index_add_(0, offset.flatten(), grad_embedding.transpose(1, 2).reshape(-1, table.shape[1]))
     return grad_query, grad_value, grad_table
+
+
+@_blocked_backward.register_kernel('cuda')
+def _attend_backward(
+        grad: torch.Tensor,
+        query: torch.Tensor,
+        value: torch.Tensor,
+        table: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from ._global_attention_triton import attend_backward  # imports Triton
+
+    return attend_backward(grad, query, value, table)
 
 
 @_blocked_backward.register_fake
