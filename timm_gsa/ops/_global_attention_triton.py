@@ -35,6 +35,7 @@ __all__ = ['attend', 'attend_backward', 'content', 'content_backward', 'fused']
 _BLOCK = 32  # positions of a line at a time, at most
 _TILE = 64  # the same where heads are narrow
 _POSITIONS = 64  # positions of a map at a time
+_EACH = 4  # lines of a program in a forward pass
 _PROGRAMS = 2048  # that share the lines of a batch in a backward pass
 
 
@@ -57,7 +58,7 @@ def _rows(base, first, length, stride, channels, DEPTH: tl.constexpr, B: tl.cons
     """Pointers (B, D) to the positions of a line from `first` on, and which of them exist."""
     x = first + tl.arange(0, B)
     there = (x < length)[:, None] & (tl.arange(0, D) < DEPTH)[None, :]
-    return base + x[:, None] * stride + channels[None, :], there
+    return base + (x[:, None] * stride + channels[None, :]), there
 
 
 @triton.jit
@@ -79,40 +80,45 @@ def _logits(q, r, B: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _attend(
-        q, v, table, context, scale, shift, out, lines, heads, across, length,
+        q, v, table, context, scale, shift, out, lines, each, heads, across, length,
         q_b, q_n, q_d, q_l, q_w, v_b, v_n, v_d, v_l, v_w, o_b, o_n, o_d, o_l, o_w,
         Q_UNIT: tl.constexpr, V_UNIT: tl.constexpr, O_UNIT: tl.constexpr,
-        DEPTH: tl.constexpr, D: tl.constexpr, VDEPTH: tl.constexpr, E: tl.constexpr, B: tl.constexpr,
+        DEPTH: tl.constexpr, D: tl.constexpr, VDEPTH: tl.constexpr, E: tl.constexpr,
+        B: tl.constexpr, BLOCKS: tl.constexpr,
         CONTENT: tl.constexpr, AFFINE: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    line = tl.program_id(0)
-    n = line % heads
-    queries = q + _line(line, heads, across, q_b, q_n, q_w, Q_UNIT, DEPTH)
-    values = v + _line(line, heads, across, v_b, v_n, v_w, V_UNIT, VDEPTH)
-    results = out + _line(line, heads, across, o_b, o_n, o_w, O_UNIT, VDEPTH)
-    q_channels, v_channels = _channels(D, q_d, Q_UNIT), _channels(E, v_d, V_UNIT)
+    """Of `each` lines."""
+    first = tl.program_id(0) * each
+    q_channels, v_channels, o_channels = _channels(D, q_d, Q_UNIT), _channels(E, v_d, V_UNIT), _channels(E, o_d, O_UNIT)
     e = tl.arange(0, E)
-    for x in range(0, length, B):
-        pointers, there = _rows(queries, x, length, q_l, q_channels, DEPTH, B, D)
-        asked = tl.load(pointers, mask=there, other=0.)
-        total = tl.zeros([B, E], tl.float32)
-        for i in range(0, length, B):
-            r = _embeddings(table, i - x - B + length, length, DEPTH, B, D)
-            pointers, there = _rows(values, i, length, v_l, v_channels, VDEPTH, B, E)
-            known = tl.load(pointers, mask=there, other=0.)
-            total = tl.dot(_logits(asked, r, B, PRECISION), known, total, input_precision=PRECISION)
-        if CONTENT:
-            image = (line // (heads * across)).to(tl.int64)
-            d = tl.arange(0, D)[:, None]
-            at = (image * heads + n) * (DEPTH * VDEPTH) + d * VDEPTH + e[None, :]
-            summed = tl.load(context + at, mask=(d < DEPTH) & (e < VDEPTH)[None, :], other=0.)
-            total = tl.dot(asked, summed.to(asked.dtype), total, input_precision=PRECISION)
-        if AFFINE:
-            factor = tl.load(scale + n * VDEPTH + e, mask=e < VDEPTH, other=0.).to(tl.float32)
-            summand = tl.load(shift + n * VDEPTH + e, mask=e < VDEPTH, other=0.).to(tl.float32)
-            total = total * factor[None, :] + summand[None, :]
-        pointers, there = _rows(results, x, length, o_l, _channels(E, o_d, O_UNIT), VDEPTH, B, E)
-        tl.store(pointers, total.to(out.dtype.element_ty), mask=there)
+    for line in range(first, tl.minimum(first + each, lines)):
+        n = line % heads
+        queries = q + _line(line, heads, across, q_b, q_n, q_w, Q_UNIT, DEPTH)
+        values = v + _line(line, heads, across, v_b, v_n, v_w, V_UNIT, VDEPTH)
+        results = out + _line(line, heads, across, o_b, o_n, o_w, O_UNIT, VDEPTH)
+        for x_block in range(BLOCKS):
+            x = x_block * B
+            pointers, there = _rows(queries, x, length, q_l, q_channels, DEPTH, B, D)
+            asked = tl.load(pointers, mask=there, other=0.)
+            total = tl.zeros([B, E], tl.float32)
+            for i_block in range(BLOCKS):
+                i = i_block * B
+                r = _embeddings(table, i - x - B + length, length, DEPTH, B, D)
+                pointers, there = _rows(values, i, length, v_l, v_channels, VDEPTH, B, E)
+                known = tl.load(pointers, mask=there, other=0.)
+                total = tl.dot(_logits(asked, r, B, PRECISION), known, total, input_precision=PRECISION)
+            if CONTENT:
+                image = (line // (heads * across)).to(tl.int64)
+                d = tl.arange(0, D)[:, None]
+                at = (image * heads + n) * (DEPTH * VDEPTH) + d * VDEPTH + e[None, :]
+                summed = tl.load(context + at, mask=(d < DEPTH) & (e < VDEPTH)[None, :], other=0.)
+                total = tl.dot(asked, summed.to(asked.dtype), total, input_precision=PRECISION)
+            if AFFINE:
+                factor = tl.load(scale + n * VDEPTH + e, mask=e < VDEPTH, other=0.).to(tl.float32)
+                summand = tl.load(shift + n * VDEPTH + e, mask=e < VDEPTH, other=0.).to(tl.float32)
+                total = total * factor[None, :] + summand[None, :]
+            pointers, there = _rows(results, x, length, o_l, o_channels, VDEPTH, B, E)
+            tl.store(pointers, total.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -122,8 +128,8 @@ def _attend_backward(
         dq_b, dq_n, dq_d, dq_l, dq_w, dv_b, dv_n, dv_d, dv_l, dv_w,
         Q_UNIT: tl.constexpr, V_UNIT: tl.constexpr, G_UNIT: tl.constexpr,
         DQ_UNIT: tl.constexpr, DV_UNIT: tl.constexpr,
-        DEPTH: tl.constexpr, D: tl.constexpr, VDEPTH: tl.constexpr, E: tl.constexpr, B: tl.constexpr,
-        SINGLE: tl.constexpr, PRECISION: tl.constexpr,
+        DEPTH: tl.constexpr, D: tl.constexpr, VDEPTH: tl.constexpr, E: tl.constexpr,
+        B: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Of `each` lines. Gradients of values and embeddings gather in memory where a line has several blocks; nobody else
     writes there."""
@@ -133,9 +139,8 @@ def _attend_backward(
     neighbour = tl.arange(0, 2 * B)[None, :] + tl.arange(0, B)[:, None] - (B - 1)  # i of x and offset
     met = (neighbour >= 0) & (neighbour < B)
     neighbour = tl.minimum(tl.maximum(neighbour, 0), B - 1)
-    blocks = tl.cdiv(length, B)
     slot = tl.arange(0, 2 * B)[:, None] * D + tl.arange(0, D)[None, :]
-    sums = partial + program.to(tl.int64) * (2 * blocks - 1) * (2 * B * D) + slot
+    sums = partial + program.to(tl.int64) * (2 * BLOCKS - 1) * (2 * B * D) + slot
     dr = tl.zeros([2 * B, D], tl.float32)
     for line in range(program * each, tl.minimum(program * each + each, lines)):
         queries = q + _line(line, heads, across, q_b, q_n, q_w, Q_UNIT, DEPTH)
@@ -143,13 +148,15 @@ def _attend_backward(
         grads = g + _line(line, heads, across, g_b, g_n, g_w, G_UNIT, VDEPTH)
         query_grads = dq + _line(line, heads, across, dq_b, dq_n, dq_w, DQ_UNIT, DEPTH)
         value_grads = dv + _line(line, heads, across, dv_b, dv_n, dv_w, DV_UNIT, VDEPTH)
-        for x in range(0, length, B):
+        for x_block in range(BLOCKS):
+            x = x_block * B
             pointers, there = _rows(queries, x, length, q_l, q_channels, DEPTH, B, D)
             asked = tl.load(pointers, mask=there, other=0.)
             pointers, there = _rows(grads, x, length, g_l, g_channels, VDEPTH, B, E)
             grad = tl.load(pointers, mask=there, other=0.).to(asked.dtype)
             asked_grad = tl.zeros([B, D], tl.float32)
-            for i in range(0, length, B):
+            for i_block in range(BLOCKS):
+                i = i_block * B
                 r = _embeddings(table, i - x - B + length, length, DEPTH, B, D)
                 pointers, there = _rows(values, i, length, v_l, v_channels, VDEPTH, B, E)
                 known = tl.load(pointers, mask=there, other=0.)
@@ -159,17 +166,30 @@ def _attend_backward(
                 asked_grad = tl.dot(products_grad, r, asked_grad, input_precision=PRECISION)
                 found = tl.dot(tl.trans(products_grad), asked, input_precision=PRECISION)
                 pointers, there = _rows(value_grads, i, length, dv_l, dv_channels, VDEPTH, B, E)
-                if SINGLE:
+                if BLOCKS == 1:
                     dr += found
                 else:
-                    here = sums + ((i - x) // B + blocks - 1) * (2 * B * D)
+                    here = sums + (i_block - x_block + BLOCKS - 1) * (2 * B * D)
                     tl.store(here, tl.load(here) + found)
                     known_grad += tl.load(pointers, mask=there, other=0.)
                 tl.store(pointers, known_grad.to(dv.dtype.element_ty), mask=there)
+                if BLOCKS > 1:
+                    tl.debug_barrier()  # other threads may read what this one wrote
             pointers, there = _rows(query_grads, x, length, dq_l, dq_channels, DEPTH, B, D)
             tl.store(pointers, asked_grad.to(dq.dtype.element_ty), mask=there)
-    if SINGLE:
+    if BLOCKS == 1:
         tl.store(sums, dr)
+
+
+@triton.jit
+def _unfold(table, out, length, DEPTH: tl.constexpr, PADDED: tl.constexpr, TURNED: tl.constexpr, W: tl.constexpr):
+    """One row of the embeddings of all pairs, [d, x, i], or the other way round, 0 up to whole blocks."""
+    d, x = tl.program_id(0) // PADDED, tl.program_id(0) % PADDED
+    i = tl.arange(0, W)
+    offset = x - i if TURNED else i - x
+    there = (x < length) & (i < length)
+    r = tl.load(table + (offset + length - 1) * DEPTH + d, mask=there, other=0.)
+    tl.store(out + tl.program_id(0) * PADDED + i, r, mask=i < PADDED)
 
 
 @triton.jit
@@ -189,15 +209,15 @@ def _tile_rows(
     """Pointers (B, LINES * E) to the channels of a tile's lines, and which of them exist."""
     at = tl.arange(0, LINES * E)
     c = at % (HEADS * E)
-    w += at // (HEADS * E)
-    there = w < across
     if UNIT:
-        columns = w * w_stride + n * E + c
+        base = x + image * b_stride + w * w_stride + n * E
+        columns = at // (HEADS * E) * w_stride + c
     else:
-        columns = w * w_stride + (n + c // E) * n_stride + c % E * d_stride
+        base = x + image * b_stride + w * w_stride + n * n_stride
+        columns = at // (HEADS * E) * w_stride + c // E * n_stride + c % E * d_stride
     row = first + tl.arange(0, B)
-    rows = x + image * b_stride + row[:, None] * l_stride
-    return rows + columns[None, :], (row < length)[:, None] & there[None, :]
+    there = (row < length)[:, None] & (w + at // (HEADS * E) < across)[None, :]
+    return base + (row[:, None] * l_stride + columns[None, :]), there
 
 
 @triton.jit
@@ -207,41 +227,43 @@ def _tile_queries(
 ):
     """Pointers (B, LINES) to one channel of the queries of a tile's lines, and which of them exist."""
     line = tl.arange(0, LINES)
-    w += line // HEADS
-    n += line % HEADS
-    there = w < across
+    base = q + image * b_stride + d * d_stride + w * w_stride + n * n_stride
+    columns = line // HEADS * w_stride + line % HEADS * n_stride
     row = first + tl.arange(0, B)
-    rows = q + image * b_stride + d * d_stride + row[:, None] * l_stride
-    return rows + (w * w_stride + n * n_stride)[None, :], (row < length)[:, None] & there[None, :]
+    there = (row < length)[:, None] & (w + line // HEADS < across)[None, :]
+    return base + (row[:, None] * l_stride + columns[None, :]), there
 
 
 @triton.jit
 def _attend_narrow(
-        q, v, embedding, context, scale, shift, out, heads, across, length, padded,
+        q, v, embedding, context, scale, shift, out, heads, across, length,
         q_b, q_n, q_d, q_l, q_w, v_b, v_n, v_d, v_l, v_w, o_b, o_n, o_d, o_l, o_w,
         V_UNIT: tl.constexpr, O_UNIT: tl.constexpr,
-        DEPTH: tl.constexpr, E: tl.constexpr, B: tl.constexpr, LINES: tl.constexpr, HEADS: tl.constexpr,
+        DEPTH: tl.constexpr, E: tl.constexpr, B: tl.constexpr, BLOCKS: tl.constexpr,
+        LINES: tl.constexpr, HEADS: tl.constexpr,
         CONTENT: tl.constexpr, AFFINE: tl.constexpr, PRECISION: tl.constexpr,
 ):
+    PADDED: tl.constexpr = B * BLOCKS
     image, w, n = _tile(tl.program_id(0), heads, across, LINES, HEADS)
     x = tl.program_id(1) * B
     row, column = tl.arange(0, B)[:, None], tl.arange(0, B)[None, :]
     head, e = n + (tl.arange(0, LINES) % HEADS)[:, None], tl.arange(0, E)[None, :]
     total = tl.zeros([B, LINES, E], tl.float32)
-    for i in range(0, length, B):
+    for block in range(BLOCKS):
+        i = block * B
         pointers, mask = _tile_rows(
             v, image, w, n, i, across, length, v_b, v_n, v_d, v_l, v_w,
             V_UNIT, B, LINES, HEADS, E)
         known = tl.load(pointers, mask=mask, other=0.)
         for d in range(DEPTH):
-            r = tl.load(embedding + d * padded * padded + (x + row) * padded + i + column)
+            r = tl.load(embedding + d * (PADDED * PADDED) + (x + row) * PADDED + i + column)
             queries, asking = _tile_queries(
                 q, image, w, n, d, x, across, length, q_b, q_n, q_d, q_l, q_w,
                 B, LINES, HEADS)
             asked = tl.load(queries, mask=asking, other=0.).to(tl.float32)
             gathered = tl.reshape(tl.dot(r, known, input_precision=PRECISION), [B, LINES, E])
             if CONTENT:
-                if i == 0:
+                if block == 0:
                     at = ((image * heads + head) * DEPTH + d) * E + e
                     gathered += tl.load(context + at)[None, :, :]
             total += asked[:, :, None] * gathered
@@ -257,23 +279,26 @@ def _attend_narrow(
 
 @triton.jit
 def _narrow_value_grad(
-        q, g, embedding, dv, heads, across, length, padded,
+        q, g, embedding, dv, heads, across, length,
         q_b, q_n, q_d, q_l, q_w, g_b, g_n, g_d, g_l, g_w, dv_b, dv_n, dv_d, dv_l, dv_w,
         G_UNIT: tl.constexpr, DV_UNIT: tl.constexpr,
-        DEPTH: tl.constexpr, E: tl.constexpr, B: tl.constexpr, LINES: tl.constexpr, HEADS: tl.constexpr,
+        DEPTH: tl.constexpr, E: tl.constexpr, B: tl.constexpr, BLOCKS: tl.constexpr,
+        LINES: tl.constexpr, HEADS: tl.constexpr,
         PRECISION: tl.constexpr,
 ):
+    PADDED: tl.constexpr = B * BLOCKS
     image, w, n = _tile(tl.program_id(0), heads, across, LINES, HEADS)
     i = tl.program_id(1) * B
     row, column = tl.arange(0, B)[:, None], tl.arange(0, B)[None, :]
     total = tl.zeros([B, LINES * E], tl.float32)
-    for x in range(0, length, B):
+    for block in range(BLOCKS):
+        x = block * B
         pointers, mask = _tile_rows(
             g, image, w, n, x, across, length, g_b, g_n, g_d, g_l, g_w,
             G_UNIT, B, LINES, HEADS, E)
         grad = tl.reshape(tl.load(pointers, mask=mask, other=0.), [B, LINES, E]).to(tl.float32)
         for d in range(DEPTH):
-            r = tl.load(embedding + d * padded * padded + (i + row) * padded + x + column)  # of offsets turned round
+            r = tl.load(embedding + d * (PADDED * PADDED) + (i + row) * PADDED + x + column)  # turned round
             queries, asking = _tile_queries(
                 q, image, w, n, d, x, across, length, q_b, q_n, q_d, q_l, q_w,
                 B, LINES, HEADS)
@@ -288,16 +313,17 @@ def _narrow_value_grad(
 
 @triton.jit
 def _narrow_query_grad(
-        q, v, g, embedding, dq, partial, tiles, each, heads, across, length, padded,
+        q, v, g, embedding, dq, partial, tiles, each, heads, across, length,
         q_b, q_n, q_d, q_l, q_w, v_b, v_n, v_d, v_l, v_w, g_b, g_n, g_d, g_l, g_w, dq_b, dq_n, dq_d, dq_l, dq_w,
         V_UNIT: tl.constexpr, G_UNIT: tl.constexpr,
-        DEPTH: tl.constexpr, E: tl.constexpr, B: tl.constexpr, LINES: tl.constexpr, HEADS: tl.constexpr,
+        DEPTH: tl.constexpr, E: tl.constexpr, B: tl.constexpr, BLOCKS: tl.constexpr,
+        LINES: tl.constexpr, HEADS: tl.constexpr,
         PRECISION: tl.constexpr,
 ):
     """Of one channel of the queries, for `each` tiles, and the sums over them of the gradients of its embeddings."""
     d, program = tl.program_id(0), tl.program_id(1)
     row, column = tl.arange(0, B)[:, None], tl.arange(0, B)[None, :]
-    r = tl.load(embedding + d * padded * padded + row * padded + column)
+    r = tl.load(embedding + d * (B * B) + row * B + column)
     total = tl.zeros([B, B], tl.float32)
     for tile in range(program * each, tl.minimum(program * each + each, tiles)):
         image, w, n = _tile(tile, heads, across, LINES, HEADS)
@@ -477,16 +503,17 @@ def attend(
     branches: dict[str, Any] = dict(CONTENT=context is not None, AFFINE=affine is not None)
     with torch.cuda.device_of(query):
         if _is_narrow(query, value):
-            embedding, sizes = _embedding(table, length), _tile_sizes(query, value)
-            _attend_narrow[_tiles(value, sizes), embedding.shape[1] // sizes['B']](
-                query, value, embedding, summed, scale, shift, out, heads, across, length, embedding.shape[1],
+            sizes = _tile_sizes(query, value)
+            _attend_narrow[_tiles(value, sizes), sizes['BLOCKS']](
+                query, value, _embedding(table, length), summed, scale, shift, out, heads, across, length,
                 *query.stride(), *value.stride(), *out.stride(),
                 V_UNIT=_is_unit(value), O_UNIT=_is_unit(out), **sizes, **branches,
             )
             return out
-        _attend[(lines,)](
+        each = _EACH
+        _attend[(triton.cdiv(lines, each),)](
             query, value, table.contiguous(), summed, scale, shift, out,
-            lines, heads, across, length, *query.stride(), *value.stride(), *out.stride(),
+            lines, each, heads, across, length, *query.stride(), *value.stride(), *out.stride(),
             Q_UNIT=_is_unit(query), V_UNIT=_is_unit(value), O_UNIT=_is_unit(out),
             **_line_sizes(query, value), **branches,
         )
@@ -509,7 +536,7 @@ def attend_backward(
         return _narrow_backward(grad, query, value, table)
     sizes = _line_sizes(query, value)
     size = sizes['B']
-    blocks = triton.cdiv(length, size)
+    blocks = sizes['BLOCKS']
     each = triton.cdiv(lines, _PROGRAMS)
     programs = triton.cdiv(lines, each)
     new = query.new_empty if blocks == 1 else query.new_zeros
@@ -521,7 +548,7 @@ def attend_backward(
             lines, each, heads, across, length,
             *query.stride(), *value.stride(), *grad.stride(), *grad_query.stride(), *value_sums.stride(),
             Q_UNIT=_is_unit(query), V_UNIT=_is_unit(value), G_UNIT=_is_unit(grad),
-            DQ_UNIT=_is_unit(grad_query), DV_UNIT=_is_unit(value_sums), **sizes, SINGLE=blocks == 1,
+            DQ_UNIT=_is_unit(grad_query), DV_UNIT=_is_unit(value_sums), **sizes,
         )
     # Slot s holds offsets from (s - blocks) * size + 1 on.
     sums = partial.sum(0)
@@ -545,7 +572,7 @@ def _narrow_backward(
     grad_query, grad_value = torch.empty_like(query), torch.empty_like(value)
     depth, length = query.shape[2:4]
     sizes = _tile_sizes(query, value)
-    extent = *value.shape[1::3], length, _TILE
+    extent = *value.shape[1::3], length
     tiles = _tiles(value, sizes)
     each = triton.cdiv(tiles, triton.cdiv(_PROGRAMS, depth))
     programs = triton.cdiv(tiles, each)
@@ -636,11 +663,12 @@ def _is_narrow(query: torch.Tensor, value: torch.Tensor) -> bool:
 
 def _embedding(table: torch.Tensor, length: int, turned: bool = False) -> torch.Tensor:
     """(d, L, L) embeddings of the offsets i - x, [d, x, i], or the other way round; 0 up to whole blocks."""
-    padded = triton.cdiv(length, _TILE) * _TILE
-    position = torch.arange(length, device=table.device)
-    offset = position[None, :] - position[:, None]
-    out = table.new_zeros(table.shape[1], padded, padded)
-    out[:, :length, :length] = table[(-offset if turned else offset) + length - 1].permute(2, 0, 1)
+    depth, padded = table.shape[1], triton.cdiv(length, _TILE) * _TILE
+    out = table.new_empty(depth, padded, padded)
+    _unfold[(depth * padded,)](
+        table.contiguous(), out, length, DEPTH=depth, PADDED=padded, TURNED=turned,
+        W=triton.next_power_of_2(padded), num_warps=1,
+    )
     return out
 
 
@@ -648,7 +676,7 @@ def _tile_sizes(query: torch.Tensor, value: torch.Tensor) -> dict[str, Any]:
     heads, depth = value.shape[1:3]
     lines = 128 // depth
     return dict(
-        DEPTH=query.shape[2], E=depth, B=_TILE, LINES=lines,
+        DEPTH=query.shape[2], E=depth, B=_TILE, BLOCKS=triton.cdiv(query.shape[3], _TILE), LINES=lines,
         HEADS=math.gcd(lines, heads), PRECISION=_precision(query), num_warps=4,
     )
 
@@ -687,7 +715,10 @@ def _extent(x: torch.Tensor) -> tuple[int, int, int]:
 
 
 def _precision(x: torch.Tensor) -> str:
-    return 'tf32' if x.is_cuda and torch.backends.cuda.matmul.allow_tf32 else 'ieee'
+    """How products are taken; of half precision they are always exact."""
+    if x.dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32:
+        return 'tf32'
+    return 'tf32x3'  # three products of parts, as exact as float32, where its own multiplications would be unrolled
 
 
 def _line_sizes(query: torch.Tensor, value: torch.Tensor) -> dict[str, Any]:
@@ -696,7 +727,7 @@ def _line_sizes(query: torch.Tensor, value: torch.Tensor) -> dict[str, Any]:
     return dict(
         DEPTH=depth, D=max(16, triton.next_power_of_2(depth)),
         VDEPTH=value_depth, E=max(16, triton.next_power_of_2(value_depth)),
-        B=size, PRECISION=_precision(query), num_warps=size // 16,
+        B=size, BLOCKS=triton.cdiv(length, size), PRECISION=_precision(query), num_warps=size // 16,
     )
 
 
