@@ -1,0 +1,328 @@
+"""The Triton kernels behind GSA's operations: in Triton's interpreter on any machine, and on a GPU where there is one.
+
+As with the aggregation, what is in `TestKernels` runs in a process of its own, started by `test_in_the_interpreter`.
+"""
+import importlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from timm_gsa.layers import GlobalSelfAttention
+from timm_gsa.ops import column_attention, content_attention, global_attention, row_attention
+from timm_gsa.ops.content_attention import _content_attention as plain_content
+from timm_gsa.ops.position_attention import _column_attention as plain_column
+
+from .test_aggregation_triton import INTERPRETED, needs_cuda, needs_interpreter, needs_triton
+
+paths = importlib.import_module("timm_gsa.ops._paths")
+KERNELS = "timm_gsa.ops._global_attention_triton"
+
+# Heads, channels of a head, height and width, layout: heads that share a block and that fill one, also narrow ones on
+# lines longer than half a tile, lines of one position, of a block and of several, and channels that are no power of two.
+CASES = [
+    (3, 4, (5, 7), "last"),
+    (2, 8, (17, 3), "first"),
+    (1, 12, (1, 1), "last"),
+    (2, 32, (7, 7), "first"),
+    (2, 5, (34, 1), "last"),
+    (4, 8, (33, 5), "last"),
+    (3, 8, (40, 2), "first"),
+    (1, 16, (1, 66), "last"),
+    (2, 40, (3, 4), "slice"),
+]
+
+
+def made(heads: int, depth: int, size: tuple[int, int], layout: str, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """A map (2, heads, d, H, W); in a slice, heads and channels are no single axis and all around is NaN."""
+    x = torch.randn(2, *size, heads, depth, dtype=torch.float64).to(device, dtype)
+    if layout == "first":
+        return x.permute(0, 3, 4, 1, 2).contiguous()
+    if layout == "last":  # as a projection to query, key and value has it
+        packed = torch.full((2, *size, 3, heads, depth), float("nan"), dtype=dtype, device=device)
+        packed[:, :, :, 1] = x
+        return packed[:, :, :, 1].permute(0, 3, 4, 1, 2)
+    around = torch.full((3, size[0] + 2, size[1] + 1, heads + 1, depth + 3), float("nan"), dtype=dtype, device=device)
+    inside = around[1:, 1:-1, 1:, :-1, 2:-1]
+    inside.copy_(x)
+    return inside.permute(0, 3, 4, 1, 2)
+
+
+def case(
+        heads: int,
+        depth: int,
+        size: tuple[int, int],
+        layout: str,
+        dtype: torch.dtype,
+        device: str = "cpu",
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Query, key, value and cotangent, and the two tables."""
+    torch.manual_seed(0)
+    maps = [made(heads, depth, size, layout, dtype, device) for _ in range(4)]
+    tables = [torch.randn(2 * length - 1, depth, dtype=torch.float64).to(device, dtype) for length in size]
+    return maps, *tables
+
+
+def exact(function: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What a function gives in float64, and its gradients, for all but the last tensor, which is the cotangent."""
+    inputs = [x.double().detach().requires_grad_() for x in tensors[:-1]]
+    out = function(*inputs)
+    return out.detach(), *torch.autograd.grad(out, inputs, tensors[-1].double())
+
+
+def assert_near(got: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...], dtype: torch.dtype) -> None:
+    limit = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == dtype and a.shape == b.shape
+        error = (a.double() - b).norm() / (b.norm() + 0.1 * b.numel() ** 0.5)
+        assert error <= limit, float(error)  # false of NaN
+
+
+def turned(*maps: torch.Tensor) -> list[torch.Tensor]:
+    return [x.transpose(-1, -2) for x in maps]
+
+
+def assert_all_agree(kernels: Any, arguments: tuple[Any, ...], dtype: torch.dtype, device: str) -> None:
+    """All functions of the module, along columns and rows, agree with the plain forms in float64."""
+    (query, key, value, grad), table_h, table_w = case(*arguments, dtype, device)
+    heads, depth = value.shape[1:3]
+    for (q, v, g), table in (((query, value, grad), table_h), (turned(query, value, grad), table_w)):
+        got = kernels.attend(q, v, table), *kernels.attend_backward(g, q, v, table)
+        assert_near(got, exact(plain_column, q, v, table, g), dtype)
+    got = kernels.content(query, key, value), *kernels.content_backward(grad, query, key, value)
+    assert_near(got, exact(plain_content, query, key, value, grad), dtype)
+
+    scale, shift = torch.randn(2, heads * depth, device=device)
+    q, k, v, h, w, a, b = (x.double() for x in (query, key, value, table_h, table_w, scale, shift))
+    column = plain_column(q, v, h) * a.view(heads, depth, 1, 1) + b.view(heads, depth, 1, 1)
+    both = plain_content(q, k, v) + plain_column(*turned(q, column), w).transpose(-1, -2)
+    assert_near((kernels.fused(query, key, value, table_h, table_w, scale, shift),), (both,), dtype)
+
+
+# Where the kernels are taken
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "_runs_triton", lambda device: True)
+
+
+def operators(function: Any, *tensors: torch.Tensor) -> list[str]:
+    """Operators of this package in the graph that torch.compile makes of a call."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=backend, fullgraph=True)(*tensors)
+    targets = [str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
+    return [target for target in targets if target.startswith("timm_gsa")]
+
+
+@needs_triton
+def test_a_gpu_computes_by_operators(on_a_gpu: None) -> None:
+    with torch._subclasses.FakeTensorMode():
+        query, key, value = torch.empty(3, 2, 4, 8, 6, 5, device="cuda").unbind()
+        tables = [torch.empty(2 * length - 1, 8, device="cuda") for length in (6, 5)]
+        assert operators(content_attention, query, key, value) == ["timm_gsa.content_attention.default"]
+        assert operators(column_attention, query, value, tables[0]) == ["timm_gsa.column_attention.default"]
+        assert operators(row_attention, query, value, tables[1]) == ["timm_gsa.column_attention.default"]
+        wide = torch.empty(2, 1, 192, 6, 5, device="cuda")
+        assert operators(content_attention, wide, wide, wide) == []
+        assert operators(content_attention, *(x.double() for x in (query, key, value))) == []
+
+
+@needs_triton
+def test_a_gpu_computes_a_layer_at_once_in_inference(on_a_gpu: None) -> None:
+    with torch._subclasses.FakeTensorMode():
+        x = torch.empty(2, 16, 6, 5, device="cuda")
+        affine = [torch.empty(16, device="cuda")] * 2
+        tables = [torch.empty(2 * length - 1, 8, device="cuda") for length in (6, 5)]
+        out = global_attention(x, torch.empty(48, 16, device="cuda"), None, *tables, *affine, 2)
+        assert out.shape == (2, 16, 3, 3)
+        layer = GlobalSelfAttention(16, (6, 5), num_heads=2, device="cuda").eval()
+        with torch.no_grad():
+            assert operators(layer, x) == ["timm_gsa.fused_global_attention.default"]
+        names = [f"timm_gsa.{name}_attention.default" for name in ("column", "column", "content")]
+        assert operators(layer, x) == names
+
+
+@needs_triton
+def test_exported_programs_hold_no_operator_of_ours(on_a_gpu: None) -> None:
+    with torch._subclasses.FakeTensorMode():
+        layer = GlobalSelfAttention(16, (6, 5), num_heads=2, device="cuda").eval()
+        program = torch.export.export(layer, (torch.empty(2, 16, 6, 5, device="cuda"),))
+    assert not any("timm_gsa" in str(node.target) for node in program.graph.nodes)
+
+
+# What they are compiled to
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize(("depth", "size"), [(8, 56), (16, 56), (16, 28), (32, 14), (64, 7)])
+def test_compiled_for_a_gpu_they_keep_what_they_need_in_registers(
+        depth: int,
+        size: int,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernels = importlib.import_module(KERNELS)
+    types = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+    compiled = {}
+
+    class Compiled:
+        """In place of a kernel: compiles it to machine code, by Triton's own ptxas."""
+
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            assert all(count > 0 for count in grid)
+            return self.launch
+
+        def launch(self, *args: Any, **named: Any) -> None:
+            options = {name: named.pop(name) for name in ("num_warps", "num_stages") if name in named}
+            given = dict(zip(self.kernel.arg_names, args, strict=False)) | named
+            signature, fixed, aligned = {}, {}, {}
+            for index, name in enumerate(self.kernel.arg_names):
+                x = given[name]
+                if self.kernel.params[index].is_constexpr or (isinstance(x, int) and x == 1):
+                    signature[name], fixed[name] = "constexpr", x
+                    continue
+                signature[name] = types[x.dtype] if isinstance(x, torch.Tensor) else "i32"
+                if isinstance(x, torch.Tensor) or x % 16 == 0:
+                    aligned[(index,)] = [["tt.divisibility", 16]]
+            source = ASTSource(self.kernel, signature, fixed, aligned)
+            compiled[self.kernel.__name__] = triton.compile(source, GPUTarget("cuda", 90, 32), options)
+
+    for name, kernel in list(vars(kernels).items()):
+        if isinstance(kernel, triton.JITFunction) and name.removeprefix("_") in (
+            "attend", "attend_backward", "attend_narrow", "narrow_value_grad", "narrow_query_grad", "unfold",
+            "context", "content", "content_backward",
+        ):
+            monkeypatch.setattr(kernels, name, Compiled(kernel))
+    (query, key, value, _), table, _ = case(8, depth, (size, size), "last", torch.bfloat16)
+    grad = torch.empty_like(value)
+    kernels.fused(query, key, value, table, table, *torch.ones(2, 8 * depth))
+    kernels.attend_backward(grad, query, value, table)
+    kernels.content_backward(grad, query, key, value)
+    kernels.content(query, key, value)
+    assert len(compiled) == (7 if size > 32 else 5)
+    for name, program in compiled.items():
+        if name != "_unfold":
+            assert re.search(r"ld\.global\S*\.v4\.b32|cp\.async\S* .*, 0x10", program.asm["ptx"]), name
+        binary = tmp_path / f"{name}.cubin"
+        binary.write_bytes(program.asm["cubin"])
+        told = subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(binary)],
+            capture_output=True, text=True, check=True,
+        ).stdout
+        stack, local = re.search(r"STACK:(\d+) .*LOCAL:(\d+) ", told).groups()
+        assert int(stack) <= 32 and int(local) == 0, (name, told)
+
+
+# What they compute
+
+
+@pytest.mark.slow
+@needs_interpreter
+@pytest.mark.skipif(INTERPRETED, reason="would start itself")
+def test_in_the_interpreter() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::TestKernels"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+class TestKernels:
+    """On CPU tensors, in Triton's interpreter, whose matrix products do not take bfloat16."""
+
+    __test__ = INTERPRETED
+
+    @pytest.fixture(autouse=True)
+    def poisoned(self) -> Iterator[None]:
+        """Memory that nothing was written to holds NaN."""
+        torch.use_deterministic_algorithms(True)
+        yield
+        torch.use_deterministic_algorithms(False)
+
+    @pytest.mark.parametrize("arguments", CASES)
+    def test_agree_with_the_plain_forms(self, arguments: tuple[Any, ...]) -> None:
+        assert_all_agree(importlib.import_module(KERNELS), arguments, torch.float32, "cpu")
+
+    @pytest.mark.parametrize("arguments", [CASES[1], CASES[6]])
+    def test_agree_in_half_precision(self, arguments: tuple[Any, ...]) -> None:
+        assert_all_agree(importlib.import_module(KERNELS), arguments, torch.float16, "cpu")
+
+    def test_take_no_images(self) -> None:
+        kernels = importlib.import_module(KERNELS)
+        (query, key, value, grad), table, _ = case(2, 4, (3, 3), "last", torch.float32)
+        maps = query[:0], key[:0], value[:0]
+        assert kernels.content(*maps).shape == maps[0].shape
+        assert [x.shape for x in kernels.content_backward(grad[:0], *maps)] == [maps[0].shape] * 3
+        assert kernels.attend(maps[0], maps[2], table).shape == maps[0].shape
+        grads = kernels.attend_backward(grad[:0], maps[0], maps[2], table)
+        assert not grads[2].any()
+
+
+@pytest.mark.gpu
+@needs_cuda
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("arguments", [
+    *CASES, (8, 8, (56, 56), "last"), (8, 16, (56, 56), "last"), (8, 16, (28, 28), "last"), (8, 32, (14, 14), "last"),
+    (8, 64, (7, 7), "last"), (8, 8, (75, 40), "last"), (2, 32, (40, 50), "first"), (2, 128, (9, 33), "last"),
+])
+def test_on_a_gpu(arguments: tuple[Any, ...], dtype: torch.dtype) -> None:
+    assert_all_agree(importlib.import_module(KERNELS), arguments, dtype, "cuda")
+
+
+@pytest.mark.gpu
+@needs_cuda
+@needs_triton
+@pytest.mark.parametrize(("dim", "size", "stride"), [(64, (56, 56), 1), (128, (15, 9), 2), (256, (14, 14), 1)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_layer_trains_on_a_gpu_as_on_a_cpu(dim: int, size: tuple[int, int], stride: int, compiled: bool) -> None:
+    torch.manual_seed(0)
+    layer = GlobalSelfAttention(dim, size, stride=stride).double()
+    x = torch.randn(2, dim, *size, dtype=torch.float64)
+    grad = torch.randn_like(layer(x))
+
+    def results(layer: Any, x: torch.Tensor, grad: torch.Tensor, run: Any) -> list[torch.Tensor]:
+        x = x.clone().requires_grad_()
+        out = run(x)
+        found = torch.autograd.grad(out, [x, *layer.parameters()], grad)
+        layer.eval()
+        with torch.no_grad():
+            inferred = run(x)
+        layer.train()
+        return [y.double().cpu() for y in (out, *found, inferred, layer.norm.running_mean, layer.norm.running_var)]
+
+    layer.norm.reset_running_stats()
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    expected = results(layer, x, grad, layer)
+    layer.load_state_dict(state)
+    layer = layer.to("cuda", torch.float32).to(memory_format=torch.channels_last)
+    x, grad = (y.to("cuda", torch.float32).to(memory_format=torch.channels_last) for y in (x, grad))
+    torch._dynamo.reset()
+    got = results(layer, x, grad, torch.compile(layer, fullgraph=True) if compiled else layer)
+    for a, b in zip(got, expected, strict=True):
+        assert (a - b).norm() <= 2e-4 * b.norm()
