@@ -26,7 +26,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -34,9 +33,9 @@ __all__ = ['attend', 'attend_backward', 'content', 'content_backward', 'fused']
 
 _BLOCK = 32  # positions of a line at a time, at most
 _TILE = 64  # the same where heads are narrow
-_POSITIONS = 64  # positions of a map at a time
+_POSITIONS = 128  # positions of a map at a time
 _EACH = 4  # lines of a program in a forward pass
-_PROGRAMS = 2048  # that share the lines of a batch in a backward pass
+_PROGRAMS = 1024  # that share the lines of a batch in a backward pass
 
 
 @triton.jit
@@ -76,6 +75,19 @@ def _logits(q, r, B: tl.constexpr, PRECISION: tl.constexpr):
     products = tl.dot(q, tl.trans(r), input_precision=PRECISION).to(q.dtype)
     offset = tl.arange(0, B)[None, :] - tl.arange(0, B)[:, None] + B - 1
     return tl.gather(products, offset, 1)
+
+
+@triton.jit
+def _block_gradients(asked, known, grad, r, asked_grad, B: tl.constexpr, PRECISION: tl.constexpr):
+    """Of a block of queries and one of values: gradients of values and embeddings, and that of the queries so far."""
+    neighbour = tl.arange(0, 2 * B)[None, :] + tl.arange(0, B)[:, None] - (B - 1)  # i of x and offset
+    met = (neighbour >= 0) & (neighbour < B)
+    neighbour = tl.minimum(tl.maximum(neighbour, 0), B - 1)
+    known_grad = tl.dot(tl.trans(_logits(asked, r, B, PRECISION)), grad, input_precision=PRECISION)
+    logits_grad = tl.dot(grad, tl.trans(known), input_precision=PRECISION).to(asked.dtype)
+    products_grad = tl.where(met, tl.gather(logits_grad, neighbour, 1), 0.).to(asked.dtype)
+    asked_grad = tl.dot(products_grad, r, asked_grad, input_precision=PRECISION)
+    return known_grad, tl.dot(tl.trans(products_grad), asked, input_precision=PRECISION), asked_grad
 
 
 @triton.jit
@@ -131,64 +143,80 @@ def _attend_backward(
         DEPTH: tl.constexpr, D: tl.constexpr, VDEPTH: tl.constexpr, E: tl.constexpr,
         B: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Of `each` lines. Gradients of values and embeddings gather in memory where a line has several blocks; nobody else
-    writes there."""
+    """Of `each` lines. Sums over blocks and lines stay in registers where a line has two blocks at most; else they
+    gather in memory where nobody else writes."""
     program = tl.program_id(0)
     q_channels, v_channels, g_channels = _channels(D, q_d, Q_UNIT), _channels(E, v_d, V_UNIT), _channels(E, g_d, G_UNIT)
     dq_channels, dv_channels = _channels(D, dq_d, DQ_UNIT), _channels(E, dv_d, DV_UNIT)
-    neighbour = tl.arange(0, 2 * B)[None, :] + tl.arange(0, B)[:, None] - (B - 1)  # i of x and offset
-    met = (neighbour >= 0) & (neighbour < B)
-    neighbour = tl.minimum(tl.maximum(neighbour, 0), B - 1)
     slot = tl.arange(0, 2 * B)[:, None] * D + tl.arange(0, D)[None, :]
     sums = partial + program.to(tl.int64) * (2 * BLOCKS - 1) * (2 * B * D) + slot
-    dr = tl.zeros([2 * B, D], tl.float32)
+    found = (tl.zeros([2 * B, D], tl.float32),) * (2 * BLOCKS - 1 if BLOCKS <= 2 else 1)
     for line in range(program * each, tl.minimum(program * each + each, lines)):
         queries = q + _line(line, heads, across, q_b, q_n, q_w, Q_UNIT, DEPTH)
         values = v + _line(line, heads, across, v_b, v_n, v_w, V_UNIT, VDEPTH)
         grads = g + _line(line, heads, across, g_b, g_n, g_w, G_UNIT, VDEPTH)
         query_grads = dq + _line(line, heads, across, dq_b, dq_n, dq_w, DQ_UNIT, DEPTH)
         value_grads = dv + _line(line, heads, across, dv_b, dv_n, dv_w, DV_UNIT, VDEPTH)
-        for x_block in range(BLOCKS):
-            x = x_block * B
-            pointers, there = _rows(queries, x, length, q_l, q_channels, DEPTH, B, D)
-            asked = tl.load(pointers, mask=there, other=0.)
-            pointers, there = _rows(grads, x, length, g_l, g_channels, VDEPTH, B, E)
-            grad = tl.load(pointers, mask=there, other=0.).to(asked.dtype)
-            asked_grad = tl.zeros([B, D], tl.float32)
-            for i_block in range(BLOCKS):
-                i = i_block * B
-                r = _embeddings(table, i - x - B + length, length, DEPTH, B, D)
-                pointers, there = _rows(values, i, length, v_l, v_channels, VDEPTH, B, E)
-                known = tl.load(pointers, mask=there, other=0.)
-                known_grad = tl.dot(tl.trans(_logits(asked, r, B, PRECISION)), grad, input_precision=PRECISION)
-                logits_grad = tl.dot(grad, tl.trans(known), input_precision=PRECISION).to(asked.dtype)
-                products_grad = tl.where(met, tl.gather(logits_grad, neighbour, 1), 0.).to(asked.dtype)
-                asked_grad = tl.dot(products_grad, r, asked_grad, input_precision=PRECISION)
-                found = tl.dot(tl.trans(products_grad), asked, input_precision=PRECISION)
-                pointers, there = _rows(value_grads, i, length, dv_l, dv_channels, VDEPTH, B, E)
-                if BLOCKS == 1:
-                    dr += found
-                else:
-                    here = sums + (i_block - x_block + BLOCKS - 1) * (2 * B * D)
-                    tl.store(here, tl.load(here) + found)
-                    known_grad += tl.load(pointers, mask=there, other=0.)
-                tl.store(pointers, known_grad.to(dv.dtype.element_ty), mask=there)
-                if BLOCKS > 1:
+        if BLOCKS <= 2:
+            known_grads = (tl.zeros([B, E], tl.float32),) * BLOCKS
+            for x in tl.static_range(BLOCKS):
+                pointers, there = _rows(queries, x * B, length, q_l, q_channels, DEPTH, B, D)
+                asked = tl.load(pointers, mask=there, other=0.)
+                pointers, there = _rows(grads, x * B, length, g_l, g_channels, VDEPTH, B, E)
+                grad = tl.load(pointers, mask=there, other=0.).to(asked.dtype)
+                asked_grad = tl.zeros([B, D], tl.float32)
+                new, new_found = (), ()
+                for i in tl.static_range(BLOCKS):
+                    r = _embeddings(table, (i - x - 1) * B + length, length, DEPTH, B, D)
+                    pointers, there = _rows(values, i * B, length, v_l, v_channels, VDEPTH, B, E)
+                    known = tl.load(pointers, mask=there, other=0.)
+                    dk, dr, asked_grad = _block_gradients(asked, known, grad, r, asked_grad, B, PRECISION)
+                    new = new + (known_grads[i] + dk,)
+                    new_found = new_found + (dr,)
+                known_grads = new
+                later = ()  # blocks of i - x = -1, 0 and 1
+                for at in tl.static_range(2 * BLOCKS - 1):
+                    if at + x >= BLOCKS - 1 and at + x < 2 * BLOCKS - 1:
+                        later = later + (found[at] + new_found[at + x - (BLOCKS - 1)],)
+                    else:
+                        later = later + (found[at],)
+                found = later
+                pointers, there = _rows(query_grads, x * B, length, dq_l, dq_channels, DEPTH, B, D)
+                tl.store(pointers, asked_grad.to(dq.dtype.element_ty), mask=there)
+            for i in tl.static_range(BLOCKS):
+                pointers, there = _rows(value_grads, i * B, length, dv_l, dv_channels, VDEPTH, B, E)
+                tl.store(pointers, known_grads[i].to(dv.dtype.element_ty), mask=there)
+        else:
+            for x in range(BLOCKS):
+                pointers, there = _rows(queries, x * B, length, q_l, q_channels, DEPTH, B, D)
+                asked = tl.load(pointers, mask=there, other=0.)
+                pointers, there = _rows(grads, x * B, length, g_l, g_channels, VDEPTH, B, E)
+                grad = tl.load(pointers, mask=there, other=0.).to(asked.dtype)
+                asked_grad = tl.zeros([B, D], tl.float32)
+                for i in range(BLOCKS):
+                    r = _embeddings(table, (i - x - 1) * B + length, length, DEPTH, B, D)
+                    pointers, there = _rows(values, i * B, length, v_l, v_channels, VDEPTH, B, E)
+                    known = tl.load(pointers, mask=there, other=0.)
+                    dk, dr, asked_grad = _block_gradients(asked, known, grad, r, asked_grad, B, PRECISION)
+                    here = sums + (i - x + BLOCKS - 1) * (2 * B * D)
+                    tl.store(here, tl.load(here) + dr)
+                    pointers, there = _rows(value_grads, i * B, length, dv_l, dv_channels, VDEPTH, B, E)
+                    tl.store(pointers, tl.load(pointers, mask=there, other=0.) + dk, mask=there)
                     tl.debug_barrier()  # other threads may read what this one wrote
-            pointers, there = _rows(query_grads, x, length, dq_l, dq_channels, DEPTH, B, D)
-            tl.store(pointers, asked_grad.to(dq.dtype.element_ty), mask=there)
-    if BLOCKS == 1:
-        tl.store(sums, dr)
+                pointers, there = _rows(query_grads, x * B, length, dq_l, dq_channels, DEPTH, B, D)
+                tl.store(pointers, asked_grad.to(dq.dtype.element_ty), mask=there)
+    if BLOCKS <= 2:
+        for at in tl.static_range(2 * BLOCKS - 1):
+            tl.store(sums + at * (2 * B * D), found[at])
 
 
 @triton.jit
-def _unfold(table, out, length, DEPTH: tl.constexpr, PADDED: tl.constexpr, TURNED: tl.constexpr, W: tl.constexpr):
-    """One row of the embeddings of all pairs, [d, x, i], or the other way round, 0 up to whole blocks."""
+def _unfold(table, out, length, DEPTH: tl.constexpr, PADDED: tl.constexpr, W: tl.constexpr):
+    """One row of the embeddings of all pairs, [d, x, i], 0 up to whole blocks."""
     d, x = tl.program_id(0) // PADDED, tl.program_id(0) % PADDED
     i = tl.arange(0, W)
-    offset = x - i if TURNED else i - x
     there = (x < length) & (i < length)
-    r = tl.load(table + (offset + length - 1) * DEPTH + d, mask=there, other=0.)
+    r = tl.load(table + (i - x + length - 1) * DEPTH + d, mask=there, other=0.)
     tl.store(out + tl.program_id(0) * PADDED + i, r, mask=i < PADDED)
 
 
@@ -275,79 +303,6 @@ def _attend_narrow(
         out, image, w, n, x, across, length, o_b, o_n, o_d, o_l, o_w,
         O_UNIT, B, LINES, HEADS, E)
     tl.store(pointers, tl.reshape(total, [B, LINES * E]).to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _narrow_value_grad(
-        q, g, embedding, dv, heads, across, length,
-        q_b, q_n, q_d, q_l, q_w, g_b, g_n, g_d, g_l, g_w, dv_b, dv_n, dv_d, dv_l, dv_w,
-        G_UNIT: tl.constexpr, DV_UNIT: tl.constexpr,
-        DEPTH: tl.constexpr, E: tl.constexpr, B: tl.constexpr, BLOCKS: tl.constexpr,
-        LINES: tl.constexpr, HEADS: tl.constexpr,
-        PRECISION: tl.constexpr,
-):
-    PADDED: tl.constexpr = B * BLOCKS
-    image, w, n = _tile(tl.program_id(0), heads, across, LINES, HEADS)
-    i = tl.program_id(1) * B
-    row, column = tl.arange(0, B)[:, None], tl.arange(0, B)[None, :]
-    total = tl.zeros([B, LINES * E], tl.float32)
-    for block in range(BLOCKS):
-        x = block * B
-        pointers, mask = _tile_rows(
-            g, image, w, n, x, across, length, g_b, g_n, g_d, g_l, g_w,
-            G_UNIT, B, LINES, HEADS, E)
-        grad = tl.reshape(tl.load(pointers, mask=mask, other=0.), [B, LINES, E]).to(tl.float32)
-        for d in range(DEPTH):
-            r = tl.load(embedding + d * (PADDED * PADDED) + (i + row) * PADDED + x + column)  # turned round
-            queries, asking = _tile_queries(
-                q, image, w, n, d, x, across, length, q_b, q_n, q_d, q_l, q_w,
-                B, LINES, HEADS)
-            asked = tl.load(queries, mask=asking, other=0.).to(tl.float32)
-            weighted = tl.reshape(asked[:, :, None] * grad, [B, LINES * E]).to(r.dtype)
-            total = tl.dot(r, weighted, total, input_precision=PRECISION)
-    pointers, mask = _tile_rows(
-        dv, image, w, n, i, across, length, dv_b, dv_n, dv_d, dv_l, dv_w,
-        DV_UNIT, B, LINES, HEADS, E)
-    tl.store(pointers, total.to(dv.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _narrow_query_grad(
-        q, v, g, embedding, dq, partial, tiles, each, heads, across, length,
-        q_b, q_n, q_d, q_l, q_w, v_b, v_n, v_d, v_l, v_w, g_b, g_n, g_d, g_l, g_w, dq_b, dq_n, dq_d, dq_l, dq_w,
-        V_UNIT: tl.constexpr, G_UNIT: tl.constexpr,
-        DEPTH: tl.constexpr, E: tl.constexpr, B: tl.constexpr, BLOCKS: tl.constexpr,
-        LINES: tl.constexpr, HEADS: tl.constexpr,
-        PRECISION: tl.constexpr,
-):
-    """Of one channel of the queries, for `each` tiles, and the sums over them of the gradients of its embeddings."""
-    d, program = tl.program_id(0), tl.program_id(1)
-    row, column = tl.arange(0, B)[:, None], tl.arange(0, B)[None, :]
-    r = tl.load(embedding + d * (B * B) + row * B + column)
-    total = tl.zeros([B, B], tl.float32)
-    for tile in range(program * each, tl.minimum(program * each + each, tiles)):
-        image, w, n = _tile(tile, heads, across, LINES, HEADS)
-        pointers, mask = _tile_rows(
-            v, image, w, n, 0, across, length, v_b, v_n, v_d, v_l, v_w,
-            V_UNIT, B, LINES, HEADS, E)
-        known = tl.load(pointers, mask=mask, other=0.)
-        pointers, mask = _tile_rows(
-            g, image, w, n, 0, across, length, g_b, g_n, g_d, g_l, g_w,
-            G_UNIT, B, LINES, HEADS, E)
-        grad = tl.reshape(tl.load(pointers, mask=mask, other=0.), [B, LINES, E]).to(tl.float32)
-        queries, asking = _tile_queries(
-            q, image, w, n, d, 0, across, length, q_b, q_n, q_d, q_l, q_w,
-            B, LINES, HEADS)
-        asked = tl.load(queries, mask=asking, other=0.).to(tl.float32)
-        gathered = tl.reshape(tl.dot(r, known, input_precision=PRECISION), [B, LINES, E])
-        queries, asking = _tile_queries(
-            dq, image, w, n, d, 0, across, length, dq_b, dq_n, dq_d, dq_l, dq_w,
-            B, LINES, HEADS)
-        tl.store(queries, tl.sum(gathered * grad, 2).to(dq.dtype.element_ty), mask=asking)
-        weighted = tl.reshape(asked[:, :, None] * grad, [B, LINES * E]).to(known.dtype)
-        total = tl.dot(weighted, tl.trans(known), total, input_precision=PRECISION)
-    at = (program * DEPTH + d) * (B * B) + row * B + column
-    tl.store(partial + at, total)
 
 
 @triton.jit
@@ -532,16 +487,14 @@ def attend_backward(
     grad_query, grad_value = torch.empty_like(query), torch.empty_like(value)
     if lines == 0:
         return grad_query, grad_value, torch.zeros_like(table)
-    if _is_narrow(query, value) and length <= _TILE:
-        return _narrow_backward(grad, query, value, table)
     sizes = _line_sizes(query, value)
-    size = sizes['B']
-    blocks = sizes['BLOCKS']
+    size, blocks = sizes['B'], sizes['BLOCKS']
+    sizes['num_warps'] = min(blocks, 2)  # one cannot hold the sums over two blocks
     each = triton.cdiv(lines, _PROGRAMS)
     programs = triton.cdiv(lines, each)
-    new = query.new_empty if blocks == 1 else query.new_zeros
+    new = query.new_empty if blocks <= 2 else query.new_zeros
     partial = new(programs, 2 * blocks - 1, 2 * size, sizes['D'], dtype=torch.float32)
-    value_sums = grad_value if blocks == 1 else torch.zeros_like(value, dtype=torch.float32)
+    value_sums = grad_value if blocks <= 2 else torch.zeros_like(value, dtype=torch.float32)
     with torch.cuda.device_of(query):
         _attend_backward[(programs,)](
             query, value, grad, table.contiguous(), grad_query, value_sums, partial,
@@ -558,41 +511,9 @@ def attend_backward(
     first = blocks * size - length  # of the table's rows
     return (
         grad_query,
-        grad_value if blocks == 1 else grad_value.copy_(value_sums),
+        grad_value if blocks <= 2 else grad_value.copy_(value_sums),
         grad_table[first:first + 2 * length - 1, :depth].to(table.dtype),
     )
-
-
-def _narrow_backward(
-        grad: torch.Tensor,
-        query: torch.Tensor,
-        value: torch.Tensor,
-        table: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    grad_query, grad_value = torch.empty_like(query), torch.empty_like(value)
-    depth, length = query.shape[2:4]
-    sizes = _tile_sizes(query, value)
-    extent = *value.shape[1::3], length
-    tiles = _tiles(value, sizes)
-    each = triton.cdiv(tiles, triton.cdiv(_PROGRAMS, depth))
-    programs = triton.cdiv(tiles, each)
-    partial = query.new_empty(programs, depth, _TILE, _TILE, dtype=torch.float32)
-    with torch.cuda.device_of(query):
-        _narrow_value_grad[tiles, 1](
-            query, grad, _embedding(table, length, turned=True), grad_value, *extent,
-            *query.stride(), *grad.stride(), *grad_value.stride(),
-            G_UNIT=_is_unit(grad), DV_UNIT=_is_unit(grad_value), **sizes,
-        )
-        _narrow_query_grad[depth, programs](
-            query, value, grad, _embedding(table, length), grad_query, partial, tiles, each, *extent,
-            *query.stride(), *value.stride(), *grad.stride(), *grad_query.stride(),
-            V_UNIT=_is_unit(value), G_UNIT=_is_unit(grad), **sizes,
-        )
-    # [d, x, i] is of offset i - x + L - 1. In lines read as one shorter than they are, row x moves by its distance from
-    # the last, so that one offset is one column.
-    found = F.pad(partial.sum(0)[:, :length, :length].flip(1), (0, length)).flatten(1)
-    grad_table = found[:, :-length].unflatten(1, (length, -1)).sum(1).t()
-    return grad_query, grad_value, grad_table.to(table.dtype)
 
 
 def content(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -658,16 +579,15 @@ def _is_narrow(query: torch.Tensor, value: torch.Tensor) -> bool:
     multiply-adds, but in products of which one side is the same for all lines, with nothing to be picked from logits.
     """
     depth, length = value.shape[2], query.shape[3]
-    return length > 32 and query.shape[2] <= 16 and depth in (8, 16)
+    return length > 32 and query.shape[2] <= 8 and depth == 8
 
 
-def _embedding(table: torch.Tensor, length: int, turned: bool = False) -> torch.Tensor:
-    """(d, L, L) embeddings of the offsets i - x, [d, x, i], or the other way round; 0 up to whole blocks."""
+def _embedding(table: torch.Tensor, length: int) -> torch.Tensor:
+    """(d, L, L) embeddings of the offsets i - x, [d, x, i]; 0 up to whole blocks."""
     depth, padded = table.shape[1], triton.cdiv(length, _TILE) * _TILE
     out = table.new_empty(depth, padded, padded)
     _unfold[(depth * padded,)](
-        table.contiguous(), out, length, DEPTH=depth, PADDED=padded, TURNED=turned,
-        W=triton.next_power_of_2(padded), num_warps=1,
+        table.contiguous(), out, length, DEPTH=depth, PADDED=padded, W=triton.next_power_of_2(padded), num_warps=1,
     )
     return out
 
@@ -727,7 +647,7 @@ def _line_sizes(query: torch.Tensor, value: torch.Tensor) -> dict[str, Any]:
     return dict(
         DEPTH=depth, D=max(16, triton.next_power_of_2(depth)),
         VDEPTH=value_depth, E=max(16, triton.next_power_of_2(value_depth)),
-        B=size, BLOCKS=triton.cdiv(length, size), PRECISION=_precision(query), num_warps=size // 16,
+        B=size, BLOCKS=triton.cdiv(length, size), PRECISION=_precision(query), num_warps=1,
     )
 
 
