@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn as nn
 
+import timm_gsa.ops._paths as paths
 from timm_gsa.layers import PairwiseAttention, PatchwiseAttention
 from timm_gsa.ops import aggregation, aggregation_reference
 
@@ -138,7 +139,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         return torch.empty_like(args[0])
 
     monkeypatch.setattr(module, "fused_aggregation", record)
-    monkeypatch.setattr(chooser, "_runs_triton", lambda device: True)
+    monkeypatch.setattr(paths, "_runs_triton", lambda device: True)
     return calls
 
 
@@ -184,7 +185,7 @@ def test_without_triton_a_gpu_takes_the_way_of_the_cpu(missing: str, monkeypatch
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.9"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    finds_triton = chooser._finds_triton.__wrapped__
+    finds_triton = paths._finds_triton.__wrapped__
     assert finds_triton(torch.device("cuda"))
     if missing == "Triton":
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -193,7 +194,7 @@ def test_without_triton_a_gpu_takes_the_way_of_the_cpu(missing: str, monkeypatch
     else:
         monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.7.1"))
     assert not finds_triton(torch.device("cuda"))
-    monkeypatch.setattr(chooser, "_runs_triton", finds_triton)
+    monkeypatch.setattr(paths, "_runs_triton", finds_triton)
     with torch._subclasses.FakeTensorMode():
         assert aggregation(*on_cuda(4, 5), 3).shape == (2, 6, 4, 5)
 
@@ -209,12 +210,12 @@ def test_triton_asks_for_a_capability(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert chooser._finds_triton.__wrapped__(torch.device("cuda:0")) is served
+    assert paths._finds_triton.__wrapped__(torch.device("cuda:0")) is served
 
 
 @needs_triton
 def test_compiler_sees_one_operator(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chooser, "_finds_triton", lambda device: True)
+    monkeypatch.setattr(paths, "_finds_triton", lambda device: True)
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
@@ -232,7 +233,7 @@ def test_compiler_sees_one_operator(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_triton
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_programs_hold_no_operator_of_ours(strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chooser, "_finds_triton", lambda device: True)
+    monkeypatch.setattr(paths, "_finds_triton", lambda device: True)
     with torch._subclasses.FakeTensorMode():
         program = torch.export.export(Module(), on_cuda(4, 5), strict=strict)
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
@@ -243,7 +244,7 @@ def test_exported_programs_hold_no_operator_of_ours(strict: bool, monkeypatch: p
 def test_export_is_known_from_compilation() -> None:
     class Asks(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x + (1 if chooser.is_exporting() else 2)
+            return x + (1 if paths.is_exporting() else 2)
 
     torch._dynamo.reset()
     x = torch.zeros(1)
@@ -253,11 +254,11 @@ def test_export_is_known_from_compilation() -> None:
 
 
 def test_function_transforms_take_the_way_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chooser, "_finds_triton", lambda device: True)
+    monkeypatch.setattr(paths, "_finds_triton", lambda device: True)
     answers = []
 
     def ask(x: torch.Tensor) -> torch.Tensor:
-        answers.append(chooser._runs_triton(torch.device("cuda")))
+        answers.append(paths._runs_triton(torch.device("cuda")))
         return x
 
     ask(torch.ones(()))

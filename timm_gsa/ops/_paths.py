@@ -1,4 +1,6 @@
 """When an operation may take a path that writes into buffers of its own."""
+import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +16,11 @@ __all__ = [
     'is_known_to_hold',
     'records_gradients',
     'register_gradients',
+    'triton_serves',
 ]
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @torch.jit.unused
@@ -59,6 +63,40 @@ def compiled_for_cpu(*tensors: torch.Tensor) -> bool:
         torch.compiler.is_compiling()
         and not is_exporting()
         and all(x.device.type == 'cpu' and x.dtype in (torch.float32, torch.float64) for x in tensors)
+    )
+
+
+def triton_serves(*tensors: torch.Tensor) -> bool:
+    """Whether Triton kernels compute on these: on a GPU, eagerly and compiled, but not in what is exported or traced.
+
+    An exported program must run where this package or Triton is not: in onnxruntime, in C++, on a CPU. It holds plain
+    slices, which its own compiler may fuse.
+    """
+    device = tensors[0].device
+    return (
+        device.type == 'cuda'
+        and all(x.device == device and x.dtype in _FLOATS for x in tensors)
+        and not is_exporting()
+        and not torch.jit.is_tracing()
+        and _runs_triton(device)
+    )
+
+
+@torch.compiler.assume_constant_result
+def _runs_triton(device: torch.device) -> bool:
+    # torch.func does not differentiate operators that are registered in Python.
+    return _finds_triton(device) and not torch._C._are_functorch_transforms_active()
+
+
+@functools.cache
+def _finds_triton(device: torch.device) -> bool:
+    # What came with torch 2.8 is the first that compiles the kernels, and Triton asks for such a device. Where there is
+    # none to ask, tensors are fake: traced for a device elsewhere.
+    return (
+        torch.version.cuda is not None
+        and torch.__version__ >= '2.8'
+        and importlib.util.find_spec('triton') is not None
+        and (not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0))
     )
 
 

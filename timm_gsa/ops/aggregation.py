@@ -2,20 +2,16 @@
 
 Source: Zhao, Jia and Koltun, "Exploring Self-attention for Image Recognition", CVPR 2020, equations 2 and 4.
 """
-import functools
-import importlib.util
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from ._innermost import buffered, weighted_sum
-from ._paths import differentiable_gradients, is_exporting, is_known_to_hold, records_gradients
+from ._paths import differentiable_gradients, is_exporting, is_known_to_hold, records_gradients, triton_serves
 from .neighbourhood import joined_reflect_pad, reflect_pad, same_padding, windows
 
 __all__ = ['aggregation', 'aggregation_reference']
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def aggregation(value: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int = 1) -> torch.Tensor:
@@ -71,21 +67,8 @@ def aggregation_reference(
 
 
 def _triton_serves(value: torch.Tensor, weight: torch.Tensor, padding: int) -> bool:
-    """Whether the Triton kernels compute it: on a GPU, eagerly and compiled, but not in what is exported or traced.
-
-    An exported program must run where this package or Triton is not: in onnxruntime, in C++, on a CPU. It holds plain
-    slices, which its own compiler may fuse.
-    """
-    return (
-        value.device.type == 'cuda'
-        and weight.device == value.device
-        and value.dtype in _FLOATS
-        and weight.dtype in _FLOATS
-        and padding < min(value.shape[-2], value.shape[-1])
-        and not is_exporting()
-        and not torch.jit.is_tracing()
-        and _runs_triton(value.device)
-    )
+    """Whether Triton kernels compute it, which reflect plainly."""
+    return triton_serves(value, weight) and padding < min(value.shape[-2], value.shape[-1])
 
 
 @torch.jit.unused
@@ -93,24 +76,6 @@ def _by_triton(value: torch.Tensor, weight: torch.Tensor, kernel_size: int, dila
     from ._aggregation_triton import fused_aggregation  # imports Triton
 
     return fused_aggregation(value, weight, kernel_size, dilation)
-
-
-@torch.compiler.assume_constant_result
-def _runs_triton(device: torch.device) -> bool:
-    # torch.func does not differentiate operators that are registered in Python.
-    return _finds_triton(device) and not torch._C._are_functorch_transforms_active()
-
-
-@functools.cache
-def _finds_triton(device: torch.device) -> bool:
-    # What came with torch 2.8 is the first that compiles the kernels, and Triton asks for such a device. Where there is
-    # none to ask, tensors are fake: traced for a device elsewhere.
-    return (
-        torch.version.cuda is not None
-        and torch.__version__ >= '2.8'
-        and importlib.util.find_spec('triton') is not None
-        and (not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0))
-    )
 
 
 def _check(value: torch.Tensor, weight: torch.Tensor, kernel_size: int) -> None:
