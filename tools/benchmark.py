@@ -161,6 +161,7 @@ def plain() -> Iterator[None]:
         (san_attention, 'aggregation', ops.aggregation_reference),
         (san_attention, 'eager_on_cpu', lambda *tensors: False),
         (san_attention, 'inference_on_cpu', lambda *tensors: False),
+        (san_attention, 'kernels_serve', lambda *tensors: False),
         (san, 'inference_on_cpu', lambda *tensors: False),
         (_pool, 'inference_on_cpu', lambda *tensors: False),
         (global_self_attention, 'records_gradients', lambda *tensors: True),

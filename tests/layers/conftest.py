@@ -26,7 +26,7 @@ def generally(monkeypatch):
     """Calls a function on the general path."""
     def call(function, *args):
         with monkeypatch.context() as patch:
-            for name in ('eager_on_cpu', 'inference_on_cpu', 'compiled_for_cpu'):
+            for name in ('eager_on_cpu', 'inference_on_cpu', 'compiled_for_cpu', 'kernels_serve'):
                 patch.setattr(san_attention, name, lambda *tensors: False)
             return function(*args)
 

@@ -3,6 +3,7 @@ import copy
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import timm_gsa.layers.san_attention as san_attention
 import timm_gsa.ops._paths as paths
@@ -165,3 +166,71 @@ def test_large_batches_go_in_parts_at_inference(layer, monkeypatch):
         layer.train()(x)
     layer.eval()(x)
     assert batches[3:] == [5, 5, 5]
+
+
+@pytest.mark.parametrize('training', [True, False], ids=['training', 'frozen norms'])
+def test_compiled_training_agrees_with_eager_mode_in_one_graph(layer, training):
+    """Outputs, all gradients, and running statistics, which follow each batch once, over sizes that vary."""
+    torch._dynamo.reset()
+    other = copy.deepcopy(layer.train(training))
+    counter = CompileCounter()
+    run = torch.compile(other, backend=counter, fullgraph=True, dynamic=True)
+    for shape in ((2, 11, 6), (3, 9, 14), (5, 8, 8), (2, 3, 40), (2, 30, 31)):
+        steps = [step(each, images(*shape), layer) for each, layer in ((layer, layer), (run, other))]
+        torch.testing.assert_close(steps[1], steps[0], rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(other.state_dict(), layer.state_dict())
+    assert counter.frame_count == 1
+
+
+def step(run, x, layer):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(x.shape, dtype=x.dtype, generator=generator).requires_grad_()
+    out = run(x)
+    probe = torch.randn(out.shape, dtype=x.dtype, generator=generator)
+    return [out.detach(), *torch.autograd.grad((out * probe).sum(), [x, *layer.parameters()])]
+
+
+@pytest.mark.parametrize('training', [True, False], ids=['training', 'frozen norms'])
+def test_compiled_training_takes_every_layout(layer, training):
+    torch._dynamo.reset()
+    other = copy.deepcopy(layer.train(training))
+    run = torch.compile(other, backend='aot_eager', fullgraph=True)
+    for channels_last in (False, True):
+        x = images(2, 9, 7, channels_last)
+        steps = [step(each, x, layer) for each, layer in ((layer, layer), (run, other))]
+        torch.testing.assert_close(steps[1], steps[0], rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(other.state_dict(), layer.state_dict())
+
+
+@pytest.mark.parametrize('kind', [PairwiseAttention, PatchwiseAttention])
+def test_compiled_training_needs_a_part_of_the_memory(kind, generally):
+    """At its peak in a step, of what the general path needs when it is compiled alike."""
+    peaks = []
+    for call in (lambda function: function(), generally):
+        torch._dynamo.reset()
+        layer = kind(64, kernel_size=7)
+        run = torch.compile(layer, backend='aot_eager', fullgraph=True)
+        x = torch.randn(2, 64, 20, 20, requires_grad=True)
+        peaks.append(call(lambda run=run, x=x: peak(lambda: run(x).sum().backward())))
+    assert peaks[0] < 0.5 * peaks[1]
+
+
+def peak(run):
+    """Bytes held at most beyond those before, of the second call."""
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    held = most = 0
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == '[memory]']
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize('change', CHANGES)
+def test_compiled_training_of_layers_changed_by_hand_takes_the_general_path(layer, by_rows, change):
+    torch._dynamo.reset()
+    change(layer)
+    torch.compile(layer, backend='aot_eager', fullgraph=True)(images(2, 6, 6)).sum().backward()
+    assert not by_rows

@@ -14,6 +14,7 @@ from timm_gsa.ops import (
     patch_network_reference,
     subtraction,
 )
+from timm_gsa.ops.neighbourhood import reflect_pad, same_padding
 
 from ..gradients import outputs_and_gradients
 
@@ -151,3 +152,57 @@ def test_gradients_of_gradients():
             q, k, w, scale, shift, 1e-3, *more, *window)[0], inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(
         lambda *x: patch_network(*x, *window), [x.requires_grad_() for x in patch_inputs(size, 3)], fast_mode=True)
+
+
+def as_operators(size, window, eps):
+    """Each operator of the networks and its arguments, tensors first."""
+    pad = reflect_padded(window)
+    query, key, *matrices = difference_inputs(size, (4,), (4,))
+    patch_key, *more = patch_inputs(size, window[0])
+    return [
+        (torch.ops.timm_gsa.difference_network, [query, pad(key), *matrices], (eps, *window)),
+        (torch.ops.timm_gsa.patch_network, [pad(patch_key), *more], window),
+    ]
+
+
+def reflect_padded(window):
+    return lambda x: reflect_pad(x, same_padding(*window))
+
+
+@pytest.mark.parametrize('eps', [None, 1e-3])
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_operators_are_sound(layout, eps):
+    for operator, tensors, more in as_operators((5, 4), (3, 2), eps):
+        first, *rest = (x.requires_grad_() for x in tensors)
+        torch.library.opcheck(operator.default, (laid_out(first, layout), *rest, *more))
+        assert torch.autograd.gradgradcheck(
+            lambda *x, operator=operator, more=more: first_of(operator(*x, *more)), (first, *rest), fast_mode=True)
+
+
+def first_of(outputs):
+    return outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+
+
+@pytest.mark.parametrize('eps', [None, 1e-3])
+def test_operators_of_gradients_are_sound(eps):
+    for operator, tensors, more in as_operators((5, 4), (3, 1), eps):
+        out = operator(*tensors, *more)
+        grad = torch.randn_like(first_of(out))
+        kept = [] if isinstance(out, torch.Tensor) else [out[3]]
+        backward = getattr(torch.ops.timm_gsa, f'{operator.__name__}_backward').default
+        torch.library.opcheck(
+            backward, (grad, *tensors, *kept, *more), test_utils=('test_schema', 'test_faketensor'))
+
+
+def test_compiled_networks_agree_with_eager_ones():
+    window = 5, 1
+    calls = [
+        (lambda q, k, w, *more: difference_network(q, k, w, *more, *window), ((4,),)),
+        (lambda q, k, w, s, t, *more: normed_difference_network(q, k, w, s, t, 1e-3, *more, *window)[0], ((4,), (4,))),
+    ]
+    cases = [(call, difference_inputs((9, 6), *shapes)) for call, shapes in calls]
+    cases.append((lambda *x: patch_network(*x, *window), patch_inputs((9, 6), window[0])))
+    for call, inputs in cases:
+        torch._dynamo.reset()
+        compiled = torch.compile(call, backend='aot_eager', fullgraph=True)
+        torch.testing.assert_close(outputs_and_gradients(compiled, *inputs), outputs_and_gradients(call, *inputs))

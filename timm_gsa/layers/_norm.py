@@ -39,7 +39,7 @@ def affine_or_batch(
         norm: The norm, whose running statistics follow the batch in training mode.
         moments: Gives mean and variance (with the divisor n) of each channel over the batch, (C,), differentiable.
         count: Numbers n of a channel in the batch.
-        like: Has the dtype that is asked for.
+        like: Has the dtype that is asked for, where it is wider than float32.
     """
     affine = affine_of(norm)
     if affine is not None:
@@ -48,7 +48,8 @@ def affine_or_batch(
     update_running(norm, mean.detach(), variance.detach(), count)
     weight, bias = weight_and_bias(norm, like)
     scale = (variance + norm.eps).rsqrt() * weight
-    return scale.to(like.dtype), (bias - mean * scale).to(like.dtype)
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return scale.to(wide), (bias - mean * scale).to(wide)
 
 
 def update_running(norm: nn.BatchNorm2d, mean: torch.Tensor, variance: torch.Tensor, count: int) -> None:
@@ -57,10 +58,11 @@ def update_running(norm: nn.BatchNorm2d, mean: torch.Tensor, variance: torch.Ten
         raise ValueError(f'Expected more than 1 value per channel when training, got {count}')
     if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
         return
-    norm.num_batches_tracked += 1
-    momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
-    norm.running_var.lerp_((variance * (count / (count - 1))).to(norm.running_var.dtype), momentum)
+    norm.num_batches_tracked.add_(1)
+    for running, batch in ((norm.running_mean, mean), (norm.running_var, variance * count / (count - 1))):
+        # As a tensor: a compiler takes no number from one.
+        momentum = norm.num_batches_tracked.to(running.dtype).reciprocal() if norm.momentum is None else norm.momentum
+        running.lerp_(batch.to(running.dtype), momentum)
 
 
 def weight_and_bias(norm: nn.BatchNorm2d, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,6 +23,7 @@ from ..ops import (
 from ..ops._innermost import difference_attention, patch_attention
 from ..ops._paths import compiled_for_cpu, eager_on_cpu, in_parts, inference_on_cpu, records_gradients
 from ..ops.neighbourhood import same_padding
+from ..ops.relation_network import kernels_serve
 from ._norm import affine_of, affine_or_batch, update_running, watched, weight_and_bias
 
 __all__ = ['PairwiseAttention', 'PatchwiseAttention']
@@ -67,19 +68,22 @@ class _NeighbourhoodAttention(nn.Module):
 
     @torch.jit.unused
     def _goes_by_rows(self, x: torch.Tensor) -> bool:
-        """Whether the weights are computed row by row of the neighbourhood, which keeps no relations.
+        """Whether the weights are computed by networks that keep no relations.
 
-        So on a CPU, but for training on small maps, where that saves little and takes longer; and only where every part
-        is of the kind known here and no hook watches or changes what lies between. Training mode decides alike with and
-        without gradients, as what norms make of a small batch shows every rounding.
+        So on a GPU that Triton kernels serve, and on a CPU, but for eager training on small maps, where that saves
+        little and takes longer; and only where every part is of the kind known here and no hook watches or changes what
+        lies between. Training mode decides alike with and without gradients, as what norms make of a small batch shows
+        every rounding.
         """
-        if not eager_on_cpu(x, *self.parameters()):
+        tensors = x, *self.parameters()
+        always = kernels_serve(*tensors) or compiled_for_cpu(*tensors)
+        if not always and not eager_on_cpu(*tensors):
             return False
         by_batch = all(type(norm) is nn.BatchNorm2d and norm.training for norm in (self.norm1, self.norm2))
         return (
             self._is_known()
             and (by_batch or self._has_fixed_norms())
-            and (x.shape[-2:].numel() >= _LARGE or not (by_batch or records_gradients(x, *self.parameters())))
+            and (always or x.shape[-2:].numel() >= _LARGE or not (by_batch or records_gradients(*tensors)))
         )
 
     @torch.jit.unused
@@ -200,9 +204,9 @@ class PairwiseAttention(_NeighbourhoodAttention):
         if not torch.jit.is_scripting():
             if self._goes_by_rows(query):
                 logits = self._logits_by_rows(query, key, position)
-                if self._has_fixed_norms() and not records_gradients(logits):
+                if self._has_fixed_norms() and inference_on_cpu(logits):
                     return _softmax_over_places_(logits)
-                return logits.softmax(2)
+                return _softmax_over_places(logits)
         relation = subtraction(query, key, self.kernel_size, self.dilation)
         offset = subtraction(position, position, self.kernel_size, self.dilation).to(relation.dtype)
         weight = torch.cat([relation, offset.expand(batch, -1, -1, -1, -1)], dim=1).flatten(3)
@@ -241,16 +245,22 @@ class PairwiseAttention(_NeighbourhoodAttention):
 
     @torch.jit.unused
     def _logits_by_rows(self, query: torch.Tensor, key: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """What the softmax is taken of; the first norm acts on query and key."""
+        """What the softmax is taken of; the first norm acts on query and key.
+
+        Positions join as at least float32, which all is until the norm has spread them: half precision leaves those of
+        neighbours hardly apart.
+        """
+        dtype = query.dtype
         position = position.expand(query.shape[0], -1, -1, -1)
         query, key = torch.cat([query, position], dim=1), torch.cat([key, position], dim=1)
         window = self.kernel_size, self.dilation
         count = query[:, 0].numel() * self.kernel_size ** 2
         scale, shift = affine_or_batch(self.norm1, lambda: difference_moments(query, key, *window), count, query)
-        query = query * scale[:, None, None] + shift[:, None, None]
-        key = key * scale[:, None, None]
-        weight1, weight2, bias2 = self.conv1.weight[:, :, 0, 0], self.conv2.weight[:, :, 0, 0], self.conv2.bias
+        query = (query * scale[:, None, None] + shift[:, None, None]).to(dtype)
+        key = (key * scale[:, None, None]).to(dtype)
+        bias2 = self.conv2.bias
         assert bias2 is not None
+        weight1, weight2 = (conv.weight[:, :, 0, 0] for conv in (self.conv1, self.conv2))
         affine = affine_of(self.norm2)
         if affine is not None:
             weight1 = weight1 * affine[0][:, None]
@@ -260,6 +270,17 @@ class PairwiseAttention(_NeighbourhoodAttention):
             query, key, weight1, scale, shift, self.norm2.eps, weight2, bias2, *window)
         update_running(self.norm2, mean, variance, count)
         return logits
+
+
+def _softmax_over_places(logits: torch.Tensor) -> torch.Tensor:
+    """logits.softmax(2) in the dtype of the logits, computed in at least float32.
+
+    On a GPU places and, innermost, groups lie together in memory: it is taken of the axes in that order, or else torch
+    would copy all into another.
+    """
+    if logits.device.type == 'cuda':
+        return logits.permute(0, 3, 4, 2, 1).softmax(3, dtype=logits.dtype).permute(0, 4, 3, 1, 2)
+    return logits.softmax(2)
 
 
 def _softmax_over_places_(logits: torch.Tensor) -> torch.Tensor:
@@ -325,12 +346,27 @@ class PatchwiseAttention(_NeighbourhoodAttention):
     def attention(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """Weights (B, G, K * K, H, W), unbounded and not normalised."""
         if not torch.jit.is_scripting() and self._goes_by_rows(query):
-            weight = self._hidden_by_rows(query, key)
+            weight = self.act2(self.norm2(self._hidden_by_rows(query, key)))
+            if weight.device.type == 'cuda':
+                return self._groups_innermost(weight)
         else:
             weight = torch.cat([query, patch(key, self.kernel_size, self.dilation)], dim=1)
             weight = self.conv1(self.act1(self.norm1(weight)))
-        weight = self.conv2(self.act2(self.norm2(weight)))
-        return weight.unflatten(1, (self.num_groups, -1))
+            weight = self.act2(self.norm2(weight))
+        return self.conv2(weight).unflatten(1, (self.num_groups, -1))
+
+    @torch.jit.unused
+    def _groups_innermost(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What `conv2` gives, with groups innermost in memory, then places, as the aggregation on a GPU reads it best.
+
+        Its parameters are turned, which are small.
+        """
+        bias = self.conv2.bias
+        assert bias is not None
+        weight, bias = (x.unflatten(0, (self.num_groups, -1)).transpose(0, 1).flatten(0, 1)
+                        for x in (self.conv2.weight, bias))
+        hidden = hidden.contiguous(memory_format=torch.channels_last)
+        return F.conv2d(hidden, weight, bias).unflatten(1, (-1, self.num_groups)).transpose(1, 2)
 
     @torch.jit.unused
     def _innermost(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -363,7 +399,7 @@ class PatchwiseAttention(_NeighbourhoodAttention):
             return torch.cat([mean, means]), torch.cat([variance, variances])
 
         scale, shift = affine_or_batch(self.norm1, moments, query[:, 0].numel(), query)
-        centre = (query * scale[:channels, None, None] + shift[:channels, None, None]).relu()
+        centre = (query * scale[:channels, None, None] + shift[:channels, None, None]).relu().to(query.dtype)
         weight = self.conv1.weight
         hidden = patch_network(key, scale[channels:], shift[channels:], weight[:, channels:, 0, 0], *window)
         return hidden + F.conv2d(centre, weight[:, :channels])

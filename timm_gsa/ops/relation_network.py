@@ -1,18 +1,20 @@
 """From relations to attention weights: the small networks of SAN, their norms given as affine maps or batch norms.
 
 Every operation here has a plain reference that builds the relations of all K * K places at once. The operations
-themselves go row by row of the neighbourhood and image by image, so that what they hold stays in the cache of a CPU:
-K times less than one image's relations. Backward passes compute the relations anew and keep none.
+themselves keep no relations: backward passes compute them anew. What goes over relations is in _relation_rows.py, for
+CPUs, and in Triton kernels; what is here are matrices and norms, which are the same everywhere.
 
 Source: Zhao, Jia and Koltun, "Exploring Self-attention for Image Recognition", CVPR 2020, sections 3.1 and 3.2.
 """
-from collections.abc import Iterator
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from ._paths import differentiable_gradients
+from . import _relation_rows
+from ._paths import differentiable_gradients, is_exporting, triton_serves
 from .neighbourhood import reflect_pad, same_padding, windows
 from .relation import patch, subtraction
 
@@ -20,6 +22,7 @@ __all__ = [
     'difference_moments',
     'difference_network',
     'difference_network_reference',
+    'kernels_serve',
     'normed_difference_network',
     'normed_difference_network_reference',
     'patch_moments',
@@ -58,10 +61,9 @@ def difference_network(
         Tensor of shape (B, G, K * K, H, W), places in row-major order.
     """
     padded = reflect_pad(key, same_padding(kernel_size, dilation))
-    scale = torch.ones_like(bias1)
-    out, _, _ = _DifferenceNetwork.apply(
-        query, padded, weight1, scale, bias1, weight2, bias2, None, kernel_size, dilation)
-    return out
+    network = _difference_operator if _is_operator(query) else _DifferenceNetwork.apply
+    return network(
+        query, padded, weight1, torch.ones_like(bias1), bias1, weight2, bias2, None, kernel_size, dilation)[0]
 
 
 def difference_network_reference(
@@ -110,10 +112,11 @@ def normed_difference_network(
 
     Returns:
         Tensor of shape (B, G, K * K, H, W), places in row-major order, and the mean and the variance (with the divisor
-        n) of the M channels before the norm, which no gradient flows through.
+        n) of the M channels before the norm, float64, which no gradient flows through.
     """
     padded = reflect_pad(key, same_padding(kernel_size, dilation))
-    return _DifferenceNetwork.apply(query, padded, weight1, scale, shift, weight2, bias2, eps, kernel_size, dilation)
+    network = _difference_operator if _is_operator(query) else _DifferenceNetwork.apply
+    return network(query, padded, weight1, scale, shift, weight2, bias2, eps, kernel_size, dilation)[:3]
 
 
 def normed_difference_network_reference(
@@ -134,7 +137,7 @@ def normed_difference_network_reference(
     variance, mean = torch.var_mean(hidden, (0, 2, 3, 4), correction=0)
     normed = F.batch_norm(hidden, None, None, scale, shift, training=True, eps=eps).relu()
     out = torch.einsum('gm,bmkhw->bgkhw', weight2, normed) + bias2[:, None, None, None]
-    return out, mean.detach(), variance.detach()
+    return out, mean.detach().double(), variance.detach().double()
 
 
 def patch_network(
@@ -162,7 +165,8 @@ def patch_network(
         Tensor of shape (B, M, H, W).
     """
     padded = reflect_pad(key, same_padding(kernel_size, dilation))
-    return _PatchNetwork.apply(padded, scale, shift, weight, kernel_size, dilation)
+    network = _patch_operator if _is_operator(key) else _PatchNetwork.apply
+    return network(padded, scale, shift, weight, kernel_size, dilation)
 
 
 def patch_network_reference(
@@ -238,110 +242,99 @@ def patch_moments(key: torch.Tensor, kernel_size: int, dilation: int = 1) -> tup
     return (mean + centre.view(-1, 1, 1)).flatten(), (square - mean.square()).flatten()
 
 
-class _DifferenceNetwork(torch.autograd.Function):
+@torch.jit.unused
+def kernels_serve(*tensors: torch.Tensor) -> bool:
+    """Whether Triton kernels compute networks of these, the first of which is a map; else it goes by rows."""
+    first = tensors[0]
+    return first.dtype in (torch.float32, torch.bfloat16, torch.float16) and triton_serves(*tensors)
+
+
+def _kernels(x: torch.Tensor) -> Any:
+    """The module that goes over the relations of a map: both have the same functions."""
+    return importlib.import_module('._relation_network_triton', __package__) if kernels_serve(x) else _relation_rows
+
+
+def _is_operator(x: torch.Tensor) -> bool:
+    """Whether networks are operators: for a compiler, which would look into the others, and of Triton kernels.
+
+    An exported program must load where this package, which registers them, is not. In eager mode on a CPU the first
+    call of an operator would take a second: it imports the compiler.
+    """
+    return (torch.compiler.is_compiling() and not is_exporting()) or kernels_serve(x)
+
+
+def _normed_difference_network(
+        query: torch.Tensor,
+        padded: torch.Tensor,
+        weight1: torch.Tensor,
+        scale: torch.Tensor,
+        shift: torch.Tensor,
+        weight2: torch.Tensor,
+        bias2: torch.Tensor,
+        eps: float | None,
+        kernel_size: int,
+        dilation: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`normed_difference_network`, or `difference_network` with a factor where `eps` is None, on padded keys.
 
     Of the norm nothing but matrices of C x C numbers has to be known. With a = relu(query - key) and the hidden
-    channels h = weight1 a, sum a and sum a a^T give mean and variance of h, and with sum dy a^T also the gradients of
-    weight1, scale and shift, for dy the gradient of what the norm gives.
+    channels h = weight1 a, the moments of [a; 1] give mean and variance of h, and with sum dy a^T also the gradients of
+    weight1, scale and shift, for dy the gradient of what the norm gives. These matrices are float64.
+
+    Returns:
+        Logits in the dtype of the query, by kernels with groups innermost in memory, then places; mean and variance,
+        (M,); moments of [a; 1], (C + 1, C + 1), zeros where no norm asks for them.
     """
-
-    @staticmethod
-    def forward(
-            ctx: Any,
-            query: torch.Tensor,
-            padded: torch.Tensor,
-            weight1: torch.Tensor,
-            scale: torch.Tensor,
-            shift: torch.Tensor,
-            weight2: torch.Tensor,
-            bias2: torch.Tensor,
-            eps: float | None,
-            kernel_size: int,
-            dilation: int,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        channels = query.shape[1]
-        count = query[:, 0].numel() * kernel_size ** 2
-        first, second = query.new_zeros(channels), query.new_zeros(channels, channels)
-        mean, variance, rate = torch.zeros_like(scale), torch.ones_like(scale), torch.ones_like(scale)
-        if eps is not None:
-            moments = query.new_zeros(channels + 1, channels + 1, dtype=torch.float64)
-            for _, _, rectified in _differences(query, padded, kernel_size, dilation):
-                moments += rectified @ rectified.t()
-            moments /= count
-            first, second = moments[:-1, -1], moments[:-1, :-1]
-            wide = weight1.double()
-            mean = wide @ first
-            variance = ((wide @ (second - first * first[:, None])) * wide).sum(1).clamp(min=0)
-            rate = (variance + eps).rsqrt()
-            first, second, mean, variance, rate = (x.to(query.dtype) for x in (first, second, mean, variance, rate))
-        height, width = query.shape[-2:]
-        out = query.new_empty(len(query), len(weight2), kernel_size, kernel_size * height * width)
-        folded = _folded(weight1, scale * rate, shift - mean * scale * rate)
-        for image, row, rectified in _differences(query, padded, kernel_size, dilation):
-            hidden = torch.mm(folded, rectified).relu_()
-            torch.addmm(bias2[:, None], weight2, hidden, out=out[image, :, row])
-        ctx.save_for_backward(query, padded, weight1, scale, shift, weight2, bias2, first, second, mean, rate)
-        ctx.eps, ctx.window, ctx.count = eps, (kernel_size, dilation), count
-        ctx.mark_non_differentiable(mean, variance)
-        ctx.set_materialize_grads(False)
-        return out.view(len(query), -1, kernel_size ** 2, height, width), mean, variance
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, padded, weight1, scale, shift, weight2, bias2, first, second, mean, rate = ctx.saved_tensors
-        kernel_size, dilation = ctx.window
-        if torch.is_grad_enabled():  # for gradients of gradients
-            return differentiable_gradients(
-                _difference_network, ctx.saved_tensors[:7], grads[0], ctx.eps, *ctx.window)
-        grad = grads[0].reshape(len(query), len(weight2), kernel_size, -1)
-        factor = scale * rate
-        folded = _folded(weight1, factor, shift - mean * factor)
-
-        def hidden_and_gradient(image: int, row: int, rectified: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            hidden = torch.mm(folded, rectified).relu_()
-            grad_hidden = torch.mm(weight2.t(), grad[image, :, row])
-            return hidden, _where_positive(grad_hidden, hidden)
-
-        grad_weight2 = torch.zeros_like(weight2)
-        products = torch.zeros_like(folded)  # sums of dy a^T and, last, of dy
-        for image, row, rectified in _differences(query, padded, *ctx.window):
-            hidden, grad_hidden = hidden_and_gradient(image, row, rectified)
-            grad_weight2.addmm_(grad[image, :, row], hidden.t())
-            products.addmm_(grad_hidden, rectified.t())
-        products, grad_shift = products[:, :-1], products[:, -1]
-        grad_scale = ((products * weight1).sum(1) - mean * grad_shift) * rate
-        grad_weight1 = products * factor[:, None]
-        back = (weight1 * factor[:, None]).t()
-        correction = None
-        if ctx.eps is not None:  # da = weight1^T factor (dy - grad_shift / n - (h - mean) rate grad_scale / n)
-            slope = (factor * rate * grad_scale / ctx.count)[:, None]
-            level = (factor * grad_shift / ctx.count)[:, None] - slope * mean[:, None]
-            grad_weight1 -= slope * (weight1 @ second) * ctx.count + level * first * ctx.count
-            correction = weight1.t() @ torch.cat([weight1 * slope, level], dim=1)
-
-        grad_query, grad_padded = torch.empty_like(query), torch.zeros_like(padded)
-        channels, height, width = query.shape[1:]
-        for image, row, rectified in _differences(query, padded, *ctx.window):
-            grad_hidden = hidden_and_gradient(image, row, rectified)[1]
-            grad_rectified = torch.mm(back, grad_hidden)
-            if correction is not None:
-                grad_rectified.addmm_(correction, rectified, alpha=-1)
-            _where_positive(grad_rectified, rectified[:-1])
-            by_place = grad_rectified.view(channels, kernel_size, height, width)
-            if row == 0:
-                torch.sum(by_place, 1, out=grad_query[image])
-            else:
-                grad_query[image] += by_place.sum(1)
-            for place in range(kernel_size):
-                _window(grad_padded[image], row, place, dilation, height, width).sub_(by_place[:, place])
-        return (
-            grad_query, grad_padded, grad_weight1, grad_scale, grad_shift, grad_weight2, grads[0].sum((0, 2, 3, 4)),
-            None, None, None,
-        )
+    kernels, window = _kernels(query), (kernel_size, dilation)
+    if eps is None:
+        moments = query.new_zeros(query.shape[1] + 1, query.shape[1] + 1, dtype=torch.float64)
+    else:
+        moments = kernels.rectified_moments(query, padded, *window).double() / _count(query, kernel_size)
+    mean, variance, rate = _statistics(weight1.double(), moments, eps)
+    folded = _folded(weight1.double(), scale * rate, shift - mean * scale * rate).to(_wide(query))
+    return kernels.difference_logits(query, padded, folded, weight2, bias2, *window), mean, variance, moments
 
 
-def _difference_network(
+def _difference_gradients(
+        grad: torch.Tensor,
+        query: torch.Tensor,
+        padded: torch.Tensor,
+        weight1: torch.Tensor,
+        scale: torch.Tensor,
+        shift: torch.Tensor,
+        weight2: torch.Tensor,
+        bias2: torch.Tensor,
+        moments: torch.Tensor,
+        eps: float | None,
+        kernel_size: int,
+        dilation: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the seven tensors that `_normed_difference_network` takes, from that of the logits."""
+    kernels, window = _kernels(query), (kernel_size, dilation)
+    count = _count(query, kernel_size)
+    wide1 = weight1.double()
+    mean, _, rate = _statistics(wide1, moments, eps)
+    factor = scale * rate
+    folded = _folded(wide1, factor, shift - mean * factor).to(_wide(query))
+    grad_weight2, products, grad_bias2 = kernels.difference_products(grad, query, padded, folded, weight2, *window)
+    products, grad_shift = products[:, :-1].double(), products[:, -1].double()
+    grad_scale = ((products * wide1).sum(1) - mean * grad_shift) * rate
+    grad_weight1 = products * factor[:, None]
+    correction = None
+    if eps is not None:  # da = weight1^T factor (dy - grad_shift / n - (h - mean) rate grad_scale / n)
+        slope = (factor * rate * grad_scale / count)[:, None]
+        level = (factor * grad_shift / count)[:, None] - slope * mean[:, None]
+        first, second = moments[:-1, -1], moments[:-1, :-1]
+        grad_weight1 -= slope * (wide1 @ second) * count + level * first * count
+        correction = (wide1.t() @ torch.cat([wide1 * slope, level], dim=1)).to(_wide(query))
+    back = (wide1 * factor[:, None]).t().to(_wide(query)).contiguous()
+    grad_query, grad_padded = kernels.difference_input_gradients(
+        grad, query, padded, folded, back, correction, weight2, *window)
+    grads = grad_weight1, grad_scale, grad_shift, grad_weight2, grad_bias2
+    return grad_query, grad_padded, *_like((weight1, scale, shift, weight2, bias2), grads)
+
+
+def _plain_difference_network(
         query: torch.Tensor,
         padded: torch.Tensor,
         weight1: torch.Tensor,
@@ -353,32 +346,37 @@ def _difference_network(
         kernel_size: int,
         dilation: int,
 ) -> torch.Tensor:
+    dtype = query.dtype
+    query, padded, weight1, scale, shift, weight2, bias2 = (
+        x.to(_wide(query)) for x in (query, padded, weight1, scale, shift, weight2, bias2))
     relation = (query[:, :, None, None] - windows(padded, kernel_size, dilation)).flatten(2, 3).relu()
     hidden = torch.einsum('mc,bckhw->bmkhw', weight1, relation)
     if eps is None:
         hidden = hidden * scale[:, None, None, None] + shift[:, None, None, None]
     else:
         hidden = F.batch_norm(hidden, None, None, scale, shift, training=True, eps=eps)
-    return torch.einsum('gm,bmkhw->bgkhw', weight2, hidden.relu()) + bias2[:, None, None, None]
+    return (torch.einsum('gm,bmkhw->bgkhw', weight2, hidden.relu()) + bias2[:, None, None, None]).to(dtype)
 
 
-def _differences(
-        query: torch.Tensor,
-        padded: torch.Tensor,
-        kernel_size: int,
-        dilation: int,
-) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Image, row of the neighbourhood, and relu(query - key) as a matrix (C + 1, K * H * W) whose last row is 1.
+def _count(query: torch.Tensor, kernel_size: int) -> int:
+    """Relations of a channel in a batch."""
+    return query[:, 0].numel() * kernel_size ** 2
 
-    One matrix, written anew for every row.
-    """
-    batch, channels, height, width = query.shape
-    neighbours = windows(padded, kernel_size, dilation)
-    rectified = query.new_ones(channels + 1, kernel_size, height, width)
-    for image in range(batch):
-        for row in range(kernel_size):
-            torch.sub(query[image, :, None], neighbours[image, :, row], out=rectified[:-1]).relu_()
-            yield image, row, rectified.view(channels + 1, -1)
+
+def _wide(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _statistics(
+        weight1: torch.Tensor,
+        moments: torch.Tensor,
+        eps: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean, variance and inverse standard deviation, 1 without a norm, of the hidden channels before it, (M,)."""
+    first, second = moments[:-1, -1], moments[:-1, :-1]
+    mean = weight1 @ first
+    variance = ((weight1 @ (second - first * first[:, None])) * weight1).sum(1).clamp(min=0)
+    return mean, variance, torch.ones_like(variance) if eps is None else (variance + eps).rsqrt()
 
 
 def _folded(weight: torch.Tensor, factor: torch.Tensor, summand: torch.Tensor) -> torch.Tensor:
@@ -386,58 +384,81 @@ def _folded(weight: torch.Tensor, factor: torch.Tensor, summand: torch.Tensor) -
     return torch.cat([weight * factor[:, None], summand[:, None]], dim=1)
 
 
-class _PatchNetwork(torch.autograd.Function):
-    """`patch_network` on padded keys."""
+def _like(inputs: tuple[torch.Tensor, ...], grads: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    """Gradients in the dtypes of what they belong to, each contiguous."""
+    return [grad.to(x.dtype).contiguous() for x, grad in zip(inputs, grads, strict=True)]
+
+
+def _keep_differences(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:7], output[3])
+    ctx.more = inputs[7:]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients_of_differences(backward: Callable[..., Any], ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    if torch.is_grad_enabled():  # for gradients of gradients
+        return differentiable_gradients(_plain_difference_network, ctx.saved_tensors[:7], grad, *ctx.more)
+    return *backward(grad, *ctx.saved_tensors, *ctx.more), None, None, None
+
+
+class _DifferenceNetwork(torch.autograd.Function):
+    """`_normed_difference_network`, differentiable."""
+
+    forward = staticmethod(_normed_difference_network)
+    setup_context = staticmethod(_keep_differences)
 
     @staticmethod
-    def forward(
-            ctx: Any,
-            padded: torch.Tensor,
-            scale: torch.Tensor,
-            shift: torch.Tensor,
-            weight: torch.Tensor,
-            kernel_size: int,
-            dilation: int,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(padded, scale, shift, weight)
-        ctx.window = kernel_size, dilation
-        neighbours = windows(padded, kernel_size, dilation)
-        batch, height, width = len(padded), *neighbours.shape[-2:]
-        by_row = _by_row(weight, kernel_size)
-        out = padded.new_zeros(batch, len(weight), height * width)
-        for image, row, rectified in _mapped_keys(neighbours, scale, shift):
-            out[image].addmm_(by_row[row], rectified)
-        return out.view(batch, -1, height, width)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        padded, scale, shift, weight = ctx.saved_tensors
-        kernel_size, dilation = ctx.window
-        if torch.is_grad_enabled():  # for gradients of gradients
-            return differentiable_gradients(_patch_network, ctx.saved_tensors, grads[0], *ctx.window)
-        neighbours = windows(padded, kernel_size, dilation)
-        channels, height, width = padded.shape[1], *neighbours.shape[-2:]
-        by_row = _by_row(weight, kernel_size)
-        grad = grads[0].flatten(2)
-        factor = scale.view(channels, kernel_size, kernel_size)
-        grad_padded = torch.zeros_like(padded)
-        grad_scale, grad_shift = (padded.new_zeros(channels, kernel_size, kernel_size) for _ in range(2))
-        grad_by_row = torch.zeros_like(by_row)
-        for image, row, rectified in _mapped_keys(neighbours, scale, shift):
-            grad_by_row[row].addmm_(grad[image], rectified.t())
-            grad_mapped = _where_positive(torch.mm(by_row[row].t(), grad[image]), rectified)
-            by_place = grad_mapped.view(channels, kernel_size, height, width)
-            grad_shift[:, row] += by_place.sum((-2, -1))
-            product = torch.mul(by_place, neighbours[image, :, row], out=rectified.view(by_place.shape))
-            grad_scale[:, row] += product.sum((-2, -1))
-            by_place *= factor[:, row, :, None, None]
-            for place in range(kernel_size):
-                _window(grad_padded[image], row, place, dilation, height, width).add_(by_place[:, place])
-        grad_weight = grad_by_row.view(kernel_size, len(weight), channels, kernel_size).permute(1, 2, 0, 3)
-        return grad_padded, grad_scale.flatten(), grad_shift.flatten(), grad_weight.reshape(weight.shape), None, None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        return _gradients_of_differences(_difference_gradients, ctx, grads[0])
 
 
-def _patch_network(
+_difference_operator = torch.library.custom_op(
+    'timm_gsa::difference_network', _normed_difference_network, mutates_args=())
+_difference_gradients_operator = torch.library.custom_op(
+    'timm_gsa::difference_network_backward', _difference_gradients, mutates_args=())
+
+
+@_difference_operator.register_fake
+def _like_logits(
+        query: torch.Tensor,
+        padded: torch.Tensor,
+        weight1: torch.Tensor,
+        scale: torch.Tensor,
+        shift: torch.Tensor,
+        weight2: torch.Tensor,
+        bias2: torch.Tensor,
+        eps: float | None,
+        kernel_size: int,
+        dilation: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, channels, height, width = query.shape
+    groups, places = weight2.shape[0], kernel_size ** 2
+    if kernels_serve(query):
+        logits = query.new_empty(batch, height, width, places, groups).permute(0, 4, 3, 1, 2)
+    else:
+        logits = query.new_empty(batch, groups, places, height, width)
+    mean, variance = (torch.empty_like(scale, dtype=torch.float64) for _ in range(2))
+    return logits, mean, variance, query.new_empty(channels + 1, channels + 1, dtype=torch.float64)
+
+
+@_difference_gradients_operator.register_fake
+def _like_difference_inputs(
+        grad: torch.Tensor,
+        query: torch.Tensor,
+        padded: torch.Tensor,
+        *matrices: Any,
+) -> tuple[torch.Tensor, ...]:
+    return _like_map(query), _like_map(padded), *(x.new_empty(x.shape) for x in matrices[:5])
+
+
+_difference_operator.register_autograd(
+    lambda ctx, grad, *_: _gradients_of_differences(_difference_gradients_operator, ctx, grad),
+    setup_context=_keep_differences,
+)
+
+
+def _patch_hidden(
         padded: torch.Tensor,
         scale: torch.Tensor,
         shift: torch.Tensor,
@@ -445,44 +466,89 @@ def _patch_network(
         kernel_size: int,
         dilation: int,
 ) -> torch.Tensor:
-    keys = windows(padded, kernel_size, dilation).flatten(1, 3)
-    return torch.einsum('mc,bchw->bmhw', weight, (keys * scale[:, None, None] + shift[:, None, None]).relu())
+    """`patch_network` on padded keys; by kernels with channels innermost in memory."""
+    return _kernels(padded).patch_hidden(padded, scale, shift, weight, kernel_size, dilation)
 
 
-def _by_row(weight: torch.Tensor, kernel_size: int) -> torch.Tensor:
-    """Columns of a weight (M, C * K * K) by rows of the neighbourhood, (K, M, C * K)."""
-    return weight.view(len(weight), -1, kernel_size, kernel_size).permute(2, 0, 1, 3).flatten(2)
-
-
-def _mapped_keys(
-        neighbours: torch.Tensor,
+def _patch_gradients(
+        grad: torch.Tensor,
+        padded: torch.Tensor,
         scale: torch.Tensor,
         shift: torch.Tensor,
-) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Image, row of the neighbourhood, and relu(scale * key + shift) as a matrix (C * K, H * W), written anew."""
-    batch, channels, kernel_size, _, height, width = neighbours.shape
-    places = (channels, kernel_size, kernel_size, 1, 1)
-    scale, shift = scale.view(places), shift.view(places)
-    mapped = neighbours.new_empty(channels, kernel_size, height, width)
-    for image in range(batch):
-        for row in range(kernel_size):
-            torch.addcmul(shift[:, row], neighbours[image, :, row], scale[:, row], out=mapped).relu_()
-            yield image, row, mapped.view(channels * kernel_size, -1)
-
-
-def _where_positive(grad: torch.Tensor, rectified: torch.Tensor) -> torch.Tensor:
-    """Gradient of a rectifier, in place, from what it gave."""
-    return torch.ops.aten.threshold_backward.grad_input(grad, rectified, 0, grad_input=grad)
-
-
-def _window(
-        padded: torch.Tensor,
-        row: int,
-        column: int,
+        weight: torch.Tensor,
+        kernel_size: int,
         dilation: int,
-        height: int,
-        width: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the four tensors that `_patch_hidden` takes, from that of what it gives."""
+    grad_padded, *grads = _kernels(padded).patch_gradients(grad, padded, scale, shift, weight, kernel_size, dilation)
+    return grad_padded, *_like((scale, shift, weight), tuple(grads))
+
+
+def _plain_patch_hidden(
+        padded: torch.Tensor,
+        scale: torch.Tensor,
+        shift: torch.Tensor,
+        weight: torch.Tensor,
+        kernel_size: int,
+        dilation: int,
 ) -> torch.Tensor:
-    """What all positions of a map see at one place, as a view (..., H, W) on the padded map."""
-    top, left = row * dilation, column * dilation
-    return padded[..., top:top + height, left:left + width]
+    dtype = padded.dtype
+    padded, scale, shift, weight = (x.to(_wide(padded)) for x in (padded, scale, shift, weight))
+    keys = windows(padded, kernel_size, dilation).flatten(1, 3)
+    keys = (keys * scale[:, None, None] + shift[:, None, None]).relu()
+    return torch.einsum('mc,bchw->bmhw', weight, keys).to(dtype)
+
+
+def _keep_patches(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.window = inputs[4:]
+
+
+def _gradients_of_patches(backward: Callable[..., Any], ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    if torch.is_grad_enabled():  # for gradients of gradients
+        return differentiable_gradients(_plain_patch_hidden, ctx.saved_tensors, grad, *ctx.window)
+    return *backward(grad, *ctx.saved_tensors, *ctx.window), None, None
+
+
+class _PatchNetwork(torch.autograd.Function):
+    """`_patch_hidden`, differentiable."""
+
+    forward = staticmethod(_patch_hidden)
+    setup_context = staticmethod(_keep_patches)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        return _gradients_of_patches(_patch_gradients, ctx, grads[0])
+
+
+_patch_operator = torch.library.custom_op('timm_gsa::patch_network', _patch_hidden, mutates_args=())
+_patch_gradients_operator = torch.library.custom_op(
+    'timm_gsa::patch_network_backward', _patch_gradients, mutates_args=())
+
+
+@_patch_operator.register_fake
+def _like_hidden(
+        padded: torch.Tensor,
+        scale: torch.Tensor,
+        shift: torch.Tensor,
+        weight: torch.Tensor,
+        kernel_size: int,
+        dilation: int,
+) -> torch.Tensor:
+    margin = 2 * same_padding(kernel_size, dilation)
+    height, width = padded.shape[-2:]
+    return _like_map(padded.new_empty(padded.shape[0], weight.shape[0], height - margin, width - margin))
+
+
+@_patch_gradients_operator.register_fake
+def _like_patch_inputs(grad: torch.Tensor, padded: torch.Tensor, *more: Any) -> tuple[torch.Tensor, ...]:
+    return _like_map(padded), *(x.new_empty(x.shape) for x in more[:3])
+
+
+def _like_map(x: torch.Tensor) -> torch.Tensor:
+    """An empty map, laid out as what comes by rows, or as kernels lay out maps: with channels innermost."""
+    return torch.empty_like(x, memory_format=torch.channels_last if kernels_serve(x) else torch.preserve_format)
+
+
+_patch_operator.register_autograd(
+    lambda ctx, grad: _gradients_of_patches(_patch_gradients_operator, ctx, grad), setup_context=_keep_patches)
