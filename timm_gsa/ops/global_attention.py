@@ -2,11 +2,13 @@
 
 Source: Shen et al., "Global Self-Attention Networks for Image Recognition", arXiv 2010.03019, Figure 1.
 """
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
 from ._axial import gather, image_blocks, room, unfolded
-from ._paths import compiled_for_cpu, eager_on_cpu, records_gradients, triton_serves
+from ._paths import compiled_for_cpu, eager_on_cpu, is_known_to_hold, records_gradients, triton_serves
 from .content_attention import content_attention
 from .position_attention import column_attention, row_attention
 
@@ -89,6 +91,11 @@ def _projected(
 def halved(x: torch.Tensor) -> torch.Tensor:
     """Average pool over 2 x 2 positions; the last windows of odd maps average what they cover."""
     if not torch.jit.is_scripting():
+        on_gpu = x.device.type == 'cuda' and not torch.jit.is_tracing()
+        if on_gpu and is_known_to_hold(x.shape[-2] % 2 == 0) and is_known_to_hold(x.shape[-1] % 2 == 0):
+            if not torch.compiler.is_compiling():
+                return _HalvedPairs.apply(x)
+            return (x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2]) / 4
         if torch.compiler.is_compiling():
             # Inductor compiles a pool that rounds up anew for odd and even maps, and AOTInductor takes them for alike.
             for axis in (-2, -1):
@@ -97,6 +104,24 @@ def halved(x: torch.Tensor) -> torch.Tensor:
                 x = (x.index_select(axis, first) + x.index_select(axis, second)) / 2
             return x
     return F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)
+
+
+class _HalvedPairs(torch.autograd.Function):
+    """`halved` of an even map with gradients by interpolation: those of the pool take ten times as long."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return F.avg_pool2d(x, 2)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return F.interpolate(grads[0] / 4, scale_factor=2., mode='nearest')
 
 
 @torch.library.custom_op('timm_gsa::global_attention', mutates_args=(), device_types='cpu')

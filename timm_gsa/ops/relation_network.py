@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from . import _relation_rows
 from ._paths import differentiable_gradients, is_exporting, triton_serves
+from .aggregation import aggregation
 from .neighbourhood import reflect_pad, same_padding, windows
 from .relation import patch, subtraction
 
@@ -203,14 +204,8 @@ def difference_moments(
         Mean and variance (with the divisor n) of each channel, (C,), float64.
     """
     centre = key.detach().mean((0, 2, 3), keepdim=True)
-    query = (query - centre).double()
-    padded = reflect_pad((key - centre).double(), same_padding(kernel_size, dilation))
-    height, width = query.shape[-2:]
-    both = torch.cat([padded, padded.square()], dim=1)
-    offsets = range(0, kernel_size * dilation, dilation)
-    both = torch.stack([both[..., top:top + height, :] for top in offsets]).sum(0)
-    both = torch.stack([both[..., left:left + width] for left in offsets]).sum(0)
-    first, second = both.chunk(2, dim=1)
+    query, key = (query - centre).double(), (key - centre).double()
+    first, second = _window_sums(torch.cat([key, key.square()], dim=1), kernel_size, dilation).chunk(2, dim=1)
     places = kernel_size ** 2
     mean = (query - first / places).mean((0, 2, 3))
     square = (query.square() - 2 / places * query * first + second / places).mean((0, 2, 3))
@@ -240,6 +235,17 @@ def patch_moments(key: torch.Tensor, kernel_size: int, dilation: int = 1) -> tup
     sums = torch.stack([sums[..., left:left + width].sum(-1) for left in offsets], -1)
     mean, square = sums / (batch * height * width)
     return (mean + centre.view(-1, 1, 1)).flatten(), (square - mean.square()).flatten()
+
+
+def _window_sums(x: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
+    """Sums of a map's neighbourhoods, (B, C, H, W)."""
+    batch, _, height, width = x.shape
+    if triton_serves(x):  # nothing is stored between its places
+        return aggregation(x, x.new_ones(()).expand(batch, 1, kernel_size ** 2, height, width), kernel_size, dilation)
+    x = reflect_pad(x, same_padding(kernel_size, dilation))
+    offsets = range(0, kernel_size * dilation, dilation)
+    x = torch.stack([x[..., top:top + height, :] for top in offsets]).sum(0)
+    return torch.stack([x[..., left:left + width] for left in offsets]).sum(0)
 
 
 @torch.jit.unused
