@@ -438,8 +438,15 @@ def operation_groups(setting: Setting, batch: int) -> Groups:
     return groups
 
 
-def model_groups(setting: Setting, batch: int, size: int, names: Sequence[str], training: bool) -> Groups:
-    """Models beside the first, which never runs compiled; ours also in plain formulations."""
+def model_groups(
+        setting: Setting,
+        batch: int,
+        size: int,
+        names: Sequence[str],
+        training: bool,
+        references: bool = True,
+) -> Groups:
+    """Models beside the first, which never runs compiled; ours also in plain formulations, which are `references`."""
     def runs() -> dict[str, Callable[[], Any]]:
         result: dict[str, Callable[[], Any]] = {}
         contiguous = Setting(setting.device, setting.dtype, False, False, setting.rounds)
@@ -450,6 +457,8 @@ def model_groups(setting: Setting, batch: int, size: int, names: Sequence[str], 
             model = setting.model(name, size)
             if name != base or setting.compiled or setting.channels_last or setting.fused:
                 result[name] = model_run(setting, model, batch, size, training)
+            if not references:
+                continue
             if any(type(module).__module__.startswith('timm_gsa.layers') for module in model.modules()):
                 run = model_run(contiguous, contiguous.model(name, size), batch, size, training)
                 compared[f'{name} plain'] = plainly(run)
@@ -627,6 +636,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--channels-last', action='store_true', help='for all but the first of a group and plain forms')
     parser.add_argument('--compile', action='store_true', help='for all but the first of a group and plain forms')
     parser.add_argument('--fuse', action='store_true', help='fold norms, in the same ones, for inference')
+    parser.add_argument('--no-references', action='store_true', help='no models in plain formulations')
     parser.add_argument('--batch-size', type=positive, default=8)
     parser.add_argument('--img-size', type=positive, default=224)
     parser.add_argument('--img-sizes', type=positive, nargs='+', default=[128, 224, 448, 1024], help='of scaling')
@@ -662,7 +672,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             setting, args.batch_size, args.batch_sizes, args.img_size, args.img_sizes, (args.base, *models))
     else:
         groups = model_groups(
-            setting, args.batch_size, args.img_size, (args.base, *models), args.what == 'training')
+            setting, args.batch_size, args.img_size, (args.base, *models), args.what == 'training',
+            not args.no_references)
     groups = {name: group for name, group in groups.items() if args.only in name}
     if not groups:
         parser.error(f'argument --only: no group has {args.only!r} in its name')

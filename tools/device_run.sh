@@ -57,15 +57,32 @@ figures() {
 plot=()
 step machine 420 "$python" -c 'import sys, torch, timm; print(sys.version, torch.__version__, timm.__version__)
 print(*(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())), sep="\n")'
-step kernels 340 "$python" -m pytest -q -p no:cacheprovider -o addopts=--import-mode=importlib -m gpu \
-    tests/ops/test_aggregation_triton.py tests/tools/test_benchmark.py
+# While kernels are tested, the models are compiled, each by a process: what is timed below finds their code in a cache.
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$(mktemp -d)}
+warm() {
+    timeout --kill-after=5 "$((130 * limit / 470))" "${benchmark[@]}" "$1" --compile --no-references --rounds 1 \
+        "${common[@]:0:9}" --base "$2" --models "$2" || :
+}
+{
+    for model in "${BASE:-resnet50}" "${models[@]}"; do  # at most four at a time, two of them in training
+        warm training "$model" &
+        warm inference "$model" &
+        [ "$(jobs -rp | wc -l)" -lt 4 ] || { wait -n; wait -n; }
+    done
+    wait
+} >"$out/warm.txt" 2>"$out/warm.log" &
+workers=()
+"$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
+step kernels 340 "$python" -m pytest -q -p no:cacheprovider -o addopts=--import-mode=importlib "${workers[@]}" -m gpu \
+    tests/ops tests/tools/test_benchmark.py
+wait
 "$python" -c 'import matplotlib' 2>/dev/null && plot=(--plot "$out/operations.png")
 figures operations 270 operations --only "${ONLY:-}"
 plot=()
 figures training 210 training
-figures training_compiled 110 training --compile
+figures training_compiled 110 training --compile --no-references
 figures inference 80 inference
-figures inference_compiled 30 inference --compile
+figures inference_compiled 30 inference --compile --no-references
 step profile 0 "${benchmark[@]}" profile "${common[@]}"
 cat "$out"/{operations,training,training_compiled,inference,inference_compiled}.txt 2>/dev/null
 exit "$failed"

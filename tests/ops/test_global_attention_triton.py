@@ -24,8 +24,8 @@ from .test_aggregation_triton import INTERPRETED, needs_cuda, needs_interpreter,
 paths = importlib.import_module("timm_gsa.ops._paths")
 KERNELS = "timm_gsa.ops._global_attention_triton"
 
-# Heads, channels of a head, height and width, layout: heads that share a block and that fill one, also narrow ones on
-# lines longer than half a tile, lines of one position, of a block and of several, and channels that are no power of two.
+# Heads, channels of a head, height and width, layout: heads that share a block and that fill one, narrow ones on lines
+# longer than half a tile, lines of one position, of a block and of several, channels that are no power of two.
 CASES = [
     (3, 4, (5, 7), "last"),
     (2, 8, (17, 3), "first"),
