@@ -157,6 +157,10 @@ def plain() -> Iterator[None]:
         context = value.flatten(3) @ key.flatten(3).softmax(-1).mT
         return (context @ query.flatten(3)).reshape(value.shape)
 
+    def content_and_row_attention(query: torch.Tensor, key: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
+        value, column, table = more
+        return content_attention(query, key, value) + row_attention_reference(query, column, table)
+
     with replaced(
         (san_attention, 'aggregation', ops.aggregation_reference),
         (san_attention, 'eager_on_cpu', lambda *tensors: False),
@@ -166,6 +170,7 @@ def plain() -> Iterator[None]:
         (_pool, 'inference_on_cpu', lambda *tensors: False),
         (global_self_attention, 'records_gradients', lambda *tensors: True),
         (global_self_attention, 'column_attention', ops.column_attention_reference),
+        (global_self_attention, 'content_and_row_attention', content_and_row_attention),
         (global_self_attention, 'content_attention', content_attention),
         (global_self_attention, 'row_attention', row_attention_reference),
         (prior_attention, 'gaussian_attention', ops.gaussian_attention_reference),

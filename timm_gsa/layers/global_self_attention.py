@@ -9,7 +9,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import LayerType, get_norm_layer, register_notrace_module, to_2tuple
 
-from ..ops import column_attention, content_attention, global_attention, resize_relative_table, row_attention
+from ..ops import (
+    column_attention,
+    content_and_row_attention,
+    content_attention,
+    global_attention,
+    resize_relative_table,
+    row_attention,
+)
 from ..ops._paths import compiled_for_cpu, eager_on_cpu, records_gradients, triton_serves
 from ..ops.global_attention import halved
 from ._norm import affine_of, watched
@@ -159,11 +166,10 @@ class GlobalSelfAttention(nn.Module):
         query, value = parts[0], parts[-1]
         rel_h = resize_relative_table(self.rel_h, height).to(query.dtype)
         rel_w = resize_relative_table(self.rel_w, width).to(query.dtype)
-        column = column_attention(query, value, rel_h).reshape(x.shape)
-        out = row_attention(query, self.norm(column).reshape(value.shape), rel_w)
+        column = self.norm(column_attention(query, value, rel_h).reshape(x.shape)).reshape(value.shape)
         if self.branches == 'both':
-            out = content_attention(query, parts[1], value) + out
-        return out.reshape(x.shape)
+            return content_and_row_attention(query, parts[1], value, column, rel_w).reshape(x.shape)
+        return row_attention(query, column, rel_w).reshape(x.shape)
 
     @torch.jit.unused
     def _affine_norm(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -2,7 +2,7 @@
 from .aggregation import aggregation, aggregation_reference
 from .content_attention import content_attention, content_attention_reference
 from .gaussian_attention import gaussian_attention, gaussian_attention_reference, gaussian_weight
-from .global_attention import global_attention, global_attention_reference
+from .global_attention import content_and_row_attention, global_attention, global_attention_reference
 from .neighbourhood import neighbourhood, reflect_pad
 from .position_attention import column_attention, column_attention_reference, resize_relative_table, row_attention
 from .relation import coordinates, patch, subtraction
@@ -22,6 +22,7 @@ __all__ = [
     'aggregation_reference',
     'column_attention',
     'column_attention_reference',
+    'content_and_row_attention',
     'content_attention',
     'content_attention_reference',
     'coordinates',

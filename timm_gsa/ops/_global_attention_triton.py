@@ -4,7 +4,9 @@
     attend_backward     its gradients to query, value and table
     content             out[n]    = sum over k of query[k, n] * context[k], context = softmax(key) value^T
     content_backward    its gradients to query, key and value
-    fused               both axial steps with an affine map between them, and content, for inference
+    gather              content and the row step, summed
+    gather_backward     its gradients
+    fused               `gather` after the column step and an affine map, for inference
 
 `timm_gsa.ops.position_attention`, `content_attention` and `global_attention` register them as what their operators do
 on a GPU, and say what is computed. Importing this module imports Triton.
@@ -29,11 +31,10 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ['attend', 'attend_backward', 'content', 'content_backward', 'fused']
+__all__ = ['attend', 'attend_backward', 'content', 'content_backward', 'fused', 'gather', 'gather_backward']
 
 _BLOCK = 32  # positions of a line at a time, at most
 _TILE = 64  # the same where heads are narrow
-_POSITIONS = 128  # positions of a map at a time
 _EACH = 4  # lines of a program in a forward pass
 _PROGRAMS = 1024  # that share the lines of a batch in a backward pass
 
@@ -400,9 +401,10 @@ def _content_backward(
         K_UNIT: tl.constexpr, K_FLAT: tl.constexpr, V_UNIT: tl.constexpr, V_FLAT: tl.constexpr,
         G_UNIT: tl.constexpr, G_FLAT: tl.constexpr, DQ_UNIT: tl.constexpr, DQ_FLAT: tl.constexpr,
         DK_UNIT: tl.constexpr, DK_FLAT: tl.constexpr, DV_UNIT: tl.constexpr, DV_FLAT: tl.constexpr,
-        DEPTH: tl.constexpr, USED: tl.constexpr, C: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr,
+        DEPTH: tl.constexpr, USED: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
+        ADD: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """`level` is the sum over positions of each key channel's weights times their gradients."""
+    """`level`: the sums over positions of each key channel's weights times their gradients. ADD: to what `dq` holds."""
     blocks = tl.cdiv(heads * DEPTH, USED)
     image = (tl.program_id(0) // blocks).to(tl.int64)
     first = tl.program_id(0) % blocks * USED
@@ -428,8 +430,10 @@ def _content_backward(
     key_grad = tl.dot(known, tl.trans(summed_grad), input_precision=PRECISION)
     key_grad = w * (key_grad - tl.load(level + channel, mask=used, other=0.)[None, :])
 
-    results = _block(dq, image, first, dq_n, dq_d, dq_b, DEPTH, DQ_UNIT, C)
-    tl.store(results + _pixels(p, width, dq_h, dq_w, DQ_FLAT), asked_grad.to(dq.dtype.element_ty), mask=there)
+    results = _block(dq, image, first, dq_n, dq_d, dq_b, DEPTH, DQ_UNIT, C) + _pixels(p, width, dq_h, dq_w, DQ_FLAT)
+    if ADD:
+        asked_grad += tl.load(results, mask=there, other=0.).to(tl.float32)
+    tl.store(results, asked_grad.to(dq.dtype.element_ty), mask=there)
     results = _block(dk, image, first, dk_n, dk_d, dk_b, DEPTH, DK_UNIT, C)
     tl.store(results + _pixels(p, width, dk_h, dk_w, DK_FLAT), key_grad.to(dk.dtype.element_ty), mask=there)
     results = _block(dv, image, first, dv_n, dv_d, dv_b, DEPTH, DV_UNIT, C)
@@ -536,9 +540,15 @@ def content_backward(
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        grad_query: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `content` to query, key and value from that of its result."""
-    grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    """Gradients of `content` to query, key and value from that of its result.
+
+    What is given as `grad_query` is added to, in place.
+    """
+    add = grad_query is not None
+    grad_query = torch.empty_like(query) if grad_query is None else grad_query
+    grads = grad_query, torch.empty_like(key), torch.empty_like(value)
     if value.numel() == 0:
         return grads
     context, largest = _summed(key, value, softmax=True)
@@ -552,9 +562,35 @@ def content_backward(
             *(step for x in maps.values() for step in x.stride()),
             **{f'{name}_UNIT': _is_unit(x) for name, x in maps.items()},
             **{f'{name}_FLAT': _is_flat(x) for name, x in maps.items()},
-            **sizes,
+            **sizes, ADD=add,
         )
     return grads
+
+
+def gather(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        normed: torch.Tensor,
+        table: torch.Tensor,
+) -> torch.Tensor:
+    """Content, and the row step of what the column step gave, of query, key, value, normed (B, heads, d, H, W)."""
+    context, _ = _summed(key, value, softmax=True)
+    return attend(query.mT, normed.mT, table, context=context).mT
+
+
+def gather_backward(
+        grad: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        normed: torch.Tensor,
+        table: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `gather` to its five tensors from that of its result."""
+    grad_query, grad_normed, grad_table = attend_backward(grad.mT, query.mT, normed.mT, table)
+    grads = content_backward(grad, query, key, value, grad_query.mT)
+    return *grads, grad_normed.mT, grad_table
 
 
 def fused(
@@ -566,10 +602,8 @@ def fused(
         scale: torch.Tensor,
         shift: torch.Tensor,
 ) -> torch.Tensor:
-    """Content, and the row step after scale * column step + shift, of query, key and value (B, heads, d, H, W)."""
-    context, _ = _summed(key, value, softmax=True)
-    column = attend(query, value, table_h, affine=(scale, shift))
-    return attend(query.transpose(-1, -2), column.transpose(-1, -2), table_w, context=context).transpose(-1, -2)
+    """`gather` of scale * column step + shift, for query, key and value (B, heads, d, H, W)."""
+    return gather(query, key, value, attend(query, value, table_h, affine=(scale, shift)), table_w)
 
 
 def _is_narrow(query: torch.Tensor, value: torch.Tensor) -> bool:
@@ -612,11 +646,13 @@ def _summed(weight: torch.Tensor, value: torch.Tensor, softmax: bool) -> tuple[t
     out = value.new_empty(batch, heads, depth, depth, dtype=torch.float32)
     largest = value.new_empty(batch, heads, depth, dtype=torch.float32)
     sizes = _head_sizes(value)
+    if sizes['C'] <= 32:
+        sizes['num_warps'] = 2
     with torch.cuda.device_of(value):
         _context[_grid(value, sizes)[:1]](
             weight, value, out, largest, *_extent(value), *weight.stride(), *value.stride(),
             A_UNIT=_is_unit(weight), A_FLAT=_is_flat(weight), V_UNIT=_is_unit(value), V_FLAT=_is_flat(value),
-            **sizes, SOFTMAX=softmax,
+            **sizes, SOFTMAX=softmax, num_stages=2,
         )
     return out, largest
 
@@ -655,8 +691,8 @@ def _head_sizes(x: torch.Tensor) -> dict[str, Any]:
     heads, depth = x.shape[1:3]
     used = max(1, 16 // depth) * depth  # channels of whole heads
     return dict(
-        DEPTH=depth, USED=used, C=max(16, triton.next_power_of_2(used)), P=_POSITIONS, PRECISION=_precision(x),
-        num_warps=4 if used <= 64 else 8,
+        DEPTH=depth, USED=used, C=max(16, triton.next_power_of_2(used)), P=128 if used <= 32 else 64,
+        PRECISION=_precision(x), num_warps=4 if used <= 64 else 8,
     )
 
 

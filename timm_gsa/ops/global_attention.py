@@ -8,11 +8,19 @@ import torch
 import torch.nn.functional as F
 
 from ._axial import gather, image_blocks, room, unfolded
-from ._paths import compiled_for_cpu, eager_on_cpu, is_known_to_hold, records_gradients, triton_serves
-from .content_attention import content_attention
-from .position_attention import column_attention, row_attention
+from ._paths import (
+    compiled_for_cpu,
+    eager_on_cpu,
+    is_known_to_hold,
+    records_gradients,
+    register_gradients,
+    triton_multiplies,
+    triton_serves,
+)
+from .content_attention import _content_attention, content_attention
+from .position_attention import _column_attention, column_attention, row_attention
 
-__all__ = ['global_attention', 'global_attention_reference', 'halved']
+__all__ = ['content_and_row_attention', 'global_attention', 'global_attention_reference', 'halved']
 
 
 def global_attention(
@@ -73,8 +81,45 @@ def global_attention_reference(
     query, key, value = _projected(x, weight, bias, table_h.shape[1])
     column = column_attention(query, value, table_h).reshape(x.shape)
     normed = (column * scale[:, None, None] + shift[:, None, None]).reshape(value.shape)
-    out = (content_attention(query, key, value) + row_attention(query, normed, table_w)).reshape(x.shape)
+    out = content_and_row_attention(query, key, value, normed, table_w).reshape(x.shape)
     return halved(out) if stride == 2 else out
+
+
+def content_and_row_attention(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        column: torch.Tensor,
+        table: torch.Tensor,
+) -> torch.Tensor:
+    """content_attention(query, key, value) + row_attention(query, column, table), on a GPU as one operation.
+
+    Args:
+        query: Tensor of shape (B, heads, d, H, W).
+        key: Tensor of shape (B, heads, d, H, W).
+        value: Tensor of shape (B, heads, e, H, W).
+        column: What the column step gave, normed, of shape (B, heads, e, H, W).
+        table: Embeddings of shape (2 * W - 1, d).
+
+    Returns:
+        Tensor of shape (B, heads, e, H, W).
+    """
+    if not torch.jit.is_scripting():
+        if _triton_attends(query, key, value, column, table):
+            return _gather(query, key, value, column, table)
+    return content_attention(query, key, value) + row_attention(query, column, table)
+
+
+@torch.jit.unused
+def _triton_attends(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        column: torch.Tensor,
+        table: torch.Tensor,
+) -> bool:
+    alike = query.shape == value.shape and value.shape[2] <= 128 and table.shape[0] == 2 * query.shape[-1] - 1
+    return alike and triton_multiplies(query, key, value, column, table)
 
 
 def _projected(
@@ -253,3 +298,68 @@ def _like_value(
         shift: torch.Tensor,
 ) -> torch.Tensor:
     return torch.empty_like(value)
+
+
+@torch.library.custom_op('timm_gsa::content_and_row_attention', mutates_args=(), device_types='cuda')
+def _gather(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        column: torch.Tensor,
+        table: torch.Tensor,
+) -> torch.Tensor:
+    from ._global_attention_triton import gather  # imports Triton
+
+    return gather(query, key, value, column, table)
+
+
+@_gather.register_fake
+def _like_column(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        column: torch.Tensor,
+        table: torch.Tensor,
+) -> torch.Tensor:
+    return torch.empty_like(column)
+
+
+@torch.library.custom_op('timm_gsa::content_and_row_attention_backward', mutates_args=(), device_types='cuda')
+def _gather_backward(
+        grad: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        column: torch.Tensor,
+        table: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    from ._global_attention_triton import gather_backward  # imports Triton
+
+    return gather_backward(grad, query, key, value, column, table)
+
+
+@_gather_backward.register_fake
+def _like_inputs(
+        grad: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        column: torch.Tensor,
+        table: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    query_grad, key_grad, value_grad, column_grad, table_grad = map(
+        torch.empty_like, (query, key, value, column, table))
+    return query_grad, key_grad, value_grad, column_grad, table_grad
+
+
+def _plain_gather(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        column: torch.Tensor,
+        table: torch.Tensor,
+) -> torch.Tensor:
+    return _content_attention(query, key, value) + _column_attention(query.mT, column.mT, table).mT
+
+
+register_gradients(_gather, _gather_backward, _plain_gather)
