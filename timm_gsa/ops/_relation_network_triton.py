@@ -25,6 +25,10 @@ neighbouring rows; the logits, K * K * G numbers a position, are most of them. T
 places, which is how `timm_gsa.ops.aggregation` reads them fastest.
 
 Matrices may have another floating-point type than the maps: they are rounded to theirs as factors, sums are float32.
+
+Loads are of 16 bytes where channels are innermost in memory, and these and all strides are multiples of 16 bytes. To
+18 channels a caller may add 6 that are zero, with columns of zeros in the matrices: that saves a fourth of the
+registers and a seventh of the instructions.
 """
 import math
 from typing import Any
@@ -36,13 +40,15 @@ import triton.language as tl
 __all__ = [
     'difference_input_gradients',
     'difference_logits',
+    'difference_memory',
     'difference_products',
     'patch_gradients',
     'patch_hidden',
+    'patch_memory',
     'rectified_moments',
 ]
 
-_PROGRAMS = 1024  # about as many as are started where each leaves a matrix of sums, or a small map has too few tiles
+_PROGRAMS = 4096  # at most so many leave a matrix of sums each: several for every one that a GPU runs at once
 _BUFFER = 2 ** 23  # numbers that those matrices may hold together
 
 # Sizes and strides, none of which is worth another compilation.
@@ -84,13 +90,13 @@ def _piece(i: tl.constexpr, CB: tl.constexpr, REST: tl.constexpr):
 
 
 @triton.jit
-def _load(base, rows, c, stride_c, mask, UNIT: tl.constexpr):
+def _load(base, rows, c, stride_c, mask, UNIT: tl.constexpr, OTHER: tl.constexpr = 0.):
     """Tile (P, channels) of a map."""
     if UNIT:
         at = rows[:, None] + c[None, :]
     else:
         at = rows[:, None] + c[None, :].to(tl.int64) * stride_c
-    return tl.load(base + at, mask=mask, other=0.)
+    return tl.load(base + at, mask=mask, other=OTHER)
 
 
 @triton.jit
@@ -106,19 +112,28 @@ def _relu(x):
 
 
 @triton.jit
-def _rectified(query, key, c, ONE: tl.constexpr):
-    """relu(query - key), and 1 in column ONE."""
-    a = _relu(query.to(tl.float32) - key.to(tl.float32))
-    return tl.where((c == ONE)[None, :], 1., a)
+def _rectified(query, key):
+    return _relu(query.to(tl.float32) - key.to(tl.float32))
 
 
 @triton.jit
-def _queries(query, rows, q_c, Q_UNIT: tl.constexpr, C: tl.constexpr, CB: tl.constexpr, REST: tl.constexpr):
+def _tiles(base, rows, stride_c, UNIT: tl.constexpr, C: tl.constexpr, CB: tl.constexpr, REST: tl.constexpr):
+    """Pieces (P, channels) of a map, 0 beyond its channels."""
     tiles = ()
     for i in tl.static_range(1 + (REST > 0)):
         c = _piece(i, CB, REST)
-        tiles = tiles + (_load(query, rows, c, q_c, (c < C)[None, :], Q_UNIT),)
+        tiles = tiles + (_load(base, rows, c, stride_c, (c < C)[None, :], UNIT),)
     return tiles
+
+
+@triton.jit
+def _with_one(tiles, there, C: tl.constexpr, CB: tl.constexpr, REST: tl.constexpr):
+    """Queries with a 1 after their channels, of which all rectifiers leave 0 where there is no position."""
+    new = ()
+    for i in tl.static_range(1 + (REST > 0)):
+        tile = tl.where((_piece(i, CB, REST) == C)[None, :], 1., tiles[i].to(tl.float32))
+        new = new + (tl.where(there[:, None], tile, -float('inf')),)
+    return new
 
 
 @triton.jit
@@ -140,10 +155,10 @@ def _dot(a, b, sums):
 
 
 @triton.jit
-def _hidden(pieces, factors, summands, dtype: tl.constexpr, P: tl.constexpr, MB: tl.constexpr, REST: tl.constexpr):
+def _hidden(pieces, factors, summands, P: tl.constexpr, MB: tl.constexpr, REST: tl.constexpr):
     hidden = tl.broadcast_to(summands, [P, MB])
     for i in tl.static_range(1 + (REST > 0)):
-        hidden = _dot(pieces[i].to(dtype), factors[i], hidden)
+        hidden = _dot(pieces[i], factors[i], hidden)
     return hidden
 
 
@@ -164,18 +179,15 @@ def _rectified_moments(
         rest = tl.zeros([REST, REST], tl.float32)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         _, image, y, x, there = _rows(tile, count, height, width, P, INDEX)
-        queries = _queries(query, _offsets(image, y, x, q_b, q_h, q_w, Q_V), q_c, Q_UNIT, C, CB, REST)
+        queries = _tiles(query, _offsets(image, y, x, q_b, q_h, q_w, Q_V), q_c, Q_UNIT, C, CB, REST)
+        queries = _with_one(queries, there, C, CB, REST)
         seen = _offsets(image, y, x, k_b, k_h, k_w, K_V)
         for place in range(start, stop):
-            keys = padded + _step(place, k_h, k_w, K_V, K, D)
-            c = tl.arange(0, CB)
-            a = _rectified(queries[0], _load(keys, seen, c, k_c, (c < C)[None, :], K_UNIT), c, C)
-            a = tl.where(there[:, None], a, 0.).to(dtype)
+            keys = _tiles(padded + _step(place, k_h, k_w, K_V, K, D), seen, k_c, K_UNIT, C, CB, REST)
+            a = _rectified(queries[0], keys[0]).to(dtype)
             main = _dot(tl.trans(a), a, main)
             if REST:
-                c = CB + tl.arange(0, REST)
-                b = _rectified(queries[1], _load(keys, seen, c, k_c, (c < C)[None, :], K_UNIT), c, C)
-                b = tl.where(there[:, None], b, 0.).to(dtype)
+                b = _rectified(queries[1], keys[1]).to(dtype)
                 beside = _dot(tl.trans(a), b, beside)
                 rest = _dot(tl.trans(b), b, rest)
     sums += (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * ((C + 1) * (C + 1))
@@ -201,7 +213,7 @@ def _difference_logits(
 ):
     dtype: tl.constexpr = query.dtype.element_ty
     n, image, y, x, there = _rows(tl.program_id(0), count, height, width, P, INDEX)
-    queries = _queries(query, _offsets(image, y, x, q_b, q_h, q_w, Q_V), q_c, Q_UNIT, C, CB, REST)
+    queries = _tiles(query, _offsets(image, y, x, q_b, q_h, q_w, Q_V), q_c, Q_UNIT, C, CB, REST)
     seen = _offsets(image, y, x, k_b, k_h, k_w, K_V)
     factors, summands = _first_layer(folded, dtype, C, M, CB, REST, MB)
     g = tl.arange(0, GB)
@@ -211,13 +223,11 @@ def _difference_logits(
     keep = there[:, None] & (g < G)[None, :]
     start = tl.program_id(1) * places
     for place in range(start, tl.minimum(start + places, K * K)):
-        keys = padded + _step(place, k_h, k_w, K_V, K, D)
+        keys = _tiles(padded + _step(place, k_h, k_w, K_V, K, D), seen, k_c, K_UNIT, C, CB, REST)
         pieces = ()
         for i in tl.static_range(1 + (REST > 0)):
-            c = _piece(i, CB, REST)
-            key = _load(keys, seen, c, k_c, (c < C)[None, :], K_UNIT)
-            pieces = pieces + (_rectified(queries[i], key, c, -1),)
-        hidden = _relu(_hidden(pieces, factors, summands, dtype, P, MB, REST))
+            pieces = pieces + (_rectified(queries[i], keys[i]).to(dtype),)
+        hidden = _relu(_hidden(pieces, factors, summands, P, MB, REST))
         tl.store(results + place * G, _dot(hidden.to(dtype), second, last).to(dtype), mask=keep)
 
 
@@ -246,18 +256,17 @@ def _difference_products(
     stop = tl.minimum(start + places, K * K)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         _, image, y, x, there = _rows(tile, count, height, width, P, INDEX)
-        queries = _queries(query, _offsets(image, y, x, q_b, q_h, q_w, Q_V), q_c, Q_UNIT, C, CB, REST)
+        queries = _tiles(query, _offsets(image, y, x, q_b, q_h, q_w, Q_V), q_c, Q_UNIT, C, CB, REST)
+        queries = _with_one(queries, there, C, CB, REST)
         seen = _offsets(image, y, x, k_b, k_h, k_w, K_V)
         given = _offsets(image, y, x, g_b, g_h, g_w, G_V)
         keep = there[:, None] & (g < G)[None, :]
         for place in range(start, stop):
-            keys = padded + _step(place, k_h, k_w, K_V, K, D)
+            keys = _tiles(padded + _step(place, k_h, k_w, K_V, K, D), seen, k_c, K_UNIT, C, CB, REST)
             pieces = ()
             for i in tl.static_range(1 + (REST > 0)):
-                c = _piece(i, CB, REST)
-                key = _load(keys, seen, c, k_c, (c < C)[None, :], K_UNIT)
-                pieces = pieces + (_rectified(queries[i], key, c, C),)
-            hidden = _hidden(pieces, factors, summands, dtype, P, MB, REST)
+                pieces = pieces + (_rectified(queries[i], keys[i]).to(dtype),)
+            hidden = _hidden(pieces, factors, summands, P, MB, REST)
             d = _load(grad + g_p.to(tl.int64) * place * G_V, given, g, g_c, keep, G_UNIT)
             grad_bias2 += d.to(tl.float32)
             d = d.to(dtype)
@@ -266,7 +275,7 @@ def _difference_products(
             grad_weight2 = _dot(tl.trans(d), _relu(hidden).to(dtype), grad_weight2)
             new = ()
             for i in tl.static_range(1 + (REST > 0)):
-                new = new + (_dot(grad_hidden, pieces[i].to(dtype), products[i]),)
+                new = new + (_dot(grad_hidden, pieces[i], products[i]),)
             products = new
     program = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
     for i in tl.static_range(1 + (REST > 0)):
@@ -303,9 +312,9 @@ def _difference_input_gradient(
     factors, summands = _first_layer(folded, dtype, C, M, CB, REST, MB)
     second = _matrix(weight2, g, m, G, M, M, 1).to(dtype)
     if OF_KEY:
-        own = _queries(padded, seen, k_c, K_UNIT, C, CB, REST)
+        own = _tiles(padded, seen, k_c, K_UNIT, C, CB, REST)
     else:
-        own = _queries(query, asked, q_c, Q_UNIT, C, CB, REST)
+        own = _tiles(query, asked, q_c, Q_UNIT, C, CB, REST)
     sums = ()
     backs = ()
     levels = ()
@@ -336,13 +345,15 @@ def _difference_input_gradient(
         pieces = ()
         for i in tl.static_range(PIECES):
             c = _piece(i, CB, REST)
-            mask = inside[:, None] & (c < C)[None, :]
-            if OF_KEY:
-                a = _rectified(_load(others, asked, c, q_c, mask, Q_UNIT), own[i], c, -1)
+            if OF_KEY:  # nothing passes the rectifier where no position sees the key
+                mask = inside[:, None] & (c < C)[None, :]
+                a = _rectified(_load(others, asked, c, q_c, mask, Q_UNIT, -float('inf')), own[i])
             else:
-                a = _rectified(own[i], _load(others, seen, c, k_c, mask, K_UNIT), c, -1)
-            pieces = pieces + (tl.where(inside[:, None], a, 0.),)
-        hidden = _hidden(pieces, factors, summands, dtype, P, MB, REST)
+                a = _rectified(own[i], _load(others, seen, c, k_c, (c < C)[None, :], K_UNIT))
+            # Changes nothing, but Triton takes it for too much to compute all of `a` anew for the mask below.
+            a = tl.where((c >= 0)[None, :], a, 0.)
+            pieces = pieces + (a.to(dtype),)
+        hidden = _hidden(pieces, factors, summands, P, MB, REST)
         d = _load(g_at, given, g, g_c, inside[:, None] & (g < G)[None, :], G_UNIT).to(dtype)
         grad_hidden = _dot(d, second, tl.zeros([P, MB], tl.float32))
         grad_hidden = tl.where(hidden > 0, grad_hidden, 0.).to(dtype)
@@ -352,17 +363,15 @@ def _difference_input_gradient(
             if CORRECTED:
                 da += levels[i]
                 for j in tl.static_range(PIECES):
-                    da = _dot(pieces[j].to(dtype), slopes[i * PIECES + j], da)
+                    da = _dot(pieces[j], slopes[i * PIECES + j], da)
             da = _dot(grad_hidden, backs[i], da)
-            new = new + (sums[i] + tl.where(pieces[i] > 0, da, 0.),)
+            new = new + (sums[i] + tl.where(pieces[i].to(tl.float32) > 0, da, 0.),)
         sums = new
     for i in tl.static_range(PIECES):
         c = _piece(i, CB, REST)
         at = out + (n * C)[:, None] + c[None, :]
-        result = sums[i]
-        if OF_KEY:
-            result = -result
-        tl.store(at, result.to(out.dtype.element_ty), mask=there[:, None] & (c < C)[None, :])
+        result = (sums[i] * (1 - 2 * OF_KEY)).to(dtype)
+        tl.store(at, result, mask=there[:, None] & (c < C)[None, :])
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
@@ -430,7 +439,7 @@ def _patch_products(
         C: tl.constexpr, M: tl.constexpr, CB: tl.constexpr, MB: tl.constexpr,
         K: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
 ):
-    """scale, shift: (K * K, C). sums: (programs, K * K, 2, M, C), of grad 1[z > 0]^T and of grad (key 1[z > 0])^T.
+    """scale, shift: (K * K, C). sums: (programs, K * K, M, C, 2), of grad 1[z > 0]^T and grad (key 1[z > 0])^T.
 
     A program takes the same P positions of several images, for several places one after another.
     """
@@ -446,24 +455,22 @@ def _patch_products(
     c = tl.arange(0, CB)
     m = tl.arange(0, MB)
     keep = there[:, None] & (m < M)[None, :]
-    sums += tl.program_id(0).to(tl.int64) * (K * K * 2 * M * C) + m[:, None] * C + c[None, :]
-    written = (m < M)[:, None] & (c < C)[None, :]
+    both = tl.arange(0, 2 * CB)[None, :]
+    sums += tl.program_id(0).to(tl.int64) * (K * K * M * C * 2) + m[:, None] * (C * 2) + both
+    written = (m < M)[:, None] & (both < C * 2)
     start = tl.program_id(1) * places
     for place in range(start, tl.minimum(start + places, K * K)):
         factor = tl.load(scale + place * C + c, mask=c < C, other=0.).to(tl.float32)[None, :]
         summand = tl.load(shift + place * C + c, mask=c < C, other=0.).to(tl.float32)[None, :]
         keys = padded + _step(place, k_h, k_w, K_V, K, D)
-        passing = tl.zeros([MB, CB], tl.float32)
-        passing_keys = tl.zeros([MB, CB], tl.float32)
+        products = tl.zeros([MB, 2 * CB], tl.float32)
         for image in range(first, stop):
             d = _load(grad + g_b.to(tl.int64) * image * G_V, given, m, g_c, keep, G_UNIT).to(dtype)
             key = _load(keys + k_b.to(tl.int64) * image * K_V, seen, c, k_c, (c < C)[None, :], K_UNIT).to(tl.float32)
             passes = tl.fma(key, factor, summand) > 0
-            d = tl.trans(d)
-            passing = _dot(d, passes.to(dtype), passing)
-            passing_keys = _dot(d, tl.where(passes, key, 0.).to(dtype), passing_keys)
-        tl.store(sums + place * (2 * M * C), passing, mask=written)
-        tl.store(sums + place * (2 * M * C) + M * C, passing_keys, mask=written)
+            passing = tl.join(tl.where(passes, 1., 0.), tl.where(passes, key, 0.)).to(dtype)
+            products = _dot(tl.trans(d), tl.reshape(passing, [P, 2 * CB]), products)
+        tl.store(sums + place * (M * C * 2), products, mask=written)
 
 
 def _steps(name: str, x: torch.Tensor) -> tuple[list[int], dict[str, Any]]:
@@ -489,11 +496,11 @@ def _pieces(channels: int) -> dict[str, int]:
     return {'CB': whole, 'REST': 0}
 
 
-def _tile(x: torch.Tensor, width: int) -> tuple[int, int]:
-    """Positions and warps of a program whose widest tile has so many columns."""
-    if x.dtype == torch.float32:  # no tensor cores: each thread multiplies a part of the tile, written out in code
-        return 16, 4
-    return (128, 4) if width <= 32 else (64, 4 if width <= 64 else 8)
+def _tile(dtype: torch.dtype, width: int, most: int = 128) -> tuple[int, int]:
+    """Positions, at most so many, and warps of a program whose widest tile has so many columns."""
+    if dtype == torch.float32:  # no tensor cores: each thread multiplies a part of the tile, written out in code
+        return 16, 4 if width <= 64 else 8
+    return (most, 4) if width <= 32 else (64, 4 if width <= 64 else 8)
 
 
 def _index(count: int) -> dict[str, Any]:
@@ -523,6 +530,25 @@ def _empty_map(like: torch.Tensor, channels: int, height: int, width: int) -> to
     return like.new_empty(len(like), height, width, channels).permute(0, 3, 1, 2)
 
 
+def difference_memory(channels: int, hidden: int, groups: int, dtype: torch.dtype) -> int:
+    """Bytes of shared memory that the kernels of differences take at most, which a device must have for one block.
+
+    They hold all matrices at once: 160 kB for the last stage of SAN in half precision, more than any device has in
+    float32, and 55 kB or less for the others in half precision. `shared_memory_per_block_optin` of
+    `torch.cuda.get_device_properties` says what there is.
+    """
+    c, m, g = sum(_pieces(channels).values()), _padded(hidden), _padded(groups)
+    p = _tile(dtype, max(_pieces(channels)['CB'], hidden), most=64)[0]
+    return dtype.itemsize * (2 * c * m + m * g + c * c + p * (2 * c + m + g))
+
+
+def patch_memory(channels: int, hidden: int, dtype: torch.dtype) -> int:
+    """`difference_memory` of the kernels of patches."""
+    c, m = _padded(channels), _padded(hidden)
+    p = _tile(dtype, max(channels, hidden))[0]
+    return max(dtype.itemsize * (c * m + 2 * p * (c + m)), 8 * c * m)
+
+
 def rectified_moments(query: torch.Tensor, padded: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
     """Sum over batch, places and positions of [a; 1] [a; 1]^T for a = relu(query - key of the place).
 
@@ -540,7 +566,7 @@ def rectified_moments(query: torch.Tensor, padded: torch.Tensor, kernel_size: in
     if count == 0:
         return query.new_zeros(channels + 1, channels + 1, dtype=torch.float64)
     pieces = _pieces(channels + 1)
-    p, warps = _tile(query, pieces['CB'])
+    p, warps = _tile(query.dtype, pieces['CB'])
     tiles = triton.cdiv(count, p)
     programs, per_program = _split(tiles, places, (channels + 1) ** 2)
     splits = triton.cdiv(places, per_program)
@@ -583,9 +609,9 @@ def difference_logits(
     out = query.new_empty(batch, height, width, places, groups)
     if count > 0:
         pieces = _pieces(channels)
-        p, warps = _tile(query, max(pieces['CB'], hidden))
+        p, warps = _tile(query.dtype, max(pieces['CB'], hidden))
         tiles = triton.cdiv(count, p)
-        per_program = triton.cdiv(places, min(places, triton.cdiv(_PROGRAMS, tiles)))
+        per_program = triton.cdiv(places, min(places, triton.cdiv(_PROGRAMS, 4 * tiles)))
         (q_steps, q_kind), (k_steps, k_kind) = _steps('Q', query), _steps('K', padded)
         _launch(
             _difference_logits, (tiles, triton.cdiv(places, per_program)),
@@ -626,7 +652,7 @@ def difference_products(
     batch, channels, height, width = query.shape
     hidden, groups, count, places = len(folded), len(weight2), batch * height * width, kernel_size ** 2
     pieces = _pieces(channels + 1)
-    p, warps = _tile(query, max(pieces['CB'], hidden))
+    p, warps = _tile(query.dtype, max(pieces['CB'], hidden), most=64)
     tiles = triton.cdiv(count, p)
     programs, per_program = _split(tiles, places, hidden * (channels + 1) + groups * (hidden + 1))
     splits = triton.cdiv(places, per_program)
@@ -675,7 +701,7 @@ def difference_input_gradients(
     batch, channels, height, width = query.shape
     hidden, groups = len(folded), len(weight2)
     pieces = _pieces(channels)
-    p, warps = _tile(query, max(pieces['CB'], hidden))
+    p, warps = _tile(query.dtype, max(pieces['CB'], hidden), most=64)
     (g_steps, g_kind), (q_steps, q_kind), (k_steps, k_kind) = _steps('G', grad), _steps('Q', query), _steps('K', padded)
     matrices = [folded, weight2, back, folded if correction is None else correction]
     outs = [_empty_map(x, channels, *x.shape[2:]) for x in (query, padded)]
@@ -690,7 +716,7 @@ def difference_input_gradients(
             {
                 **g_kind, **q_kind, **k_kind, **_sizes(channels, hidden, groups), **pieces,
                 'K': kernel_size, 'D': dilation, 'P': p, **_index(count),
-                'OF_KEY': bool(of_key), 'CORRECTED': correction is not None,
+                'OF_KEY': of_key, 'CORRECTED': correction is not None,
             },
             warps,
         )
@@ -727,7 +753,7 @@ def patch_hidden(
     hidden, count = len(weight), batch * height * width
     out = _empty_map(padded, hidden, height, width)
     if count > 0:
-        p, warps = _tile(padded, max(channels, hidden))
+        p, warps = _tile(padded.dtype, max(channels, hidden))
         steps, kind = _steps('K', padded)
         scale, shift = (_by_place(x, channels, kernel_size, (0, 2, 1)) for x in (scale, shift))
         weight = _by_place(weight.to(padded.dtype), channels, kernel_size, (2, 1, 0))
@@ -773,9 +799,9 @@ def patch_gradients(
     scale, shift = (_by_place(x, channels, kernel_size, (0, 2, 1)).view(places, 1, channels) for x in (scale, shift))
     by_place = _by_place(weight, channels, kernel_size, (2, 0, 1))
     if batch == 0:
-        sums = padded.new_zeros(places, 2, hidden, channels, dtype=torch.float32)
+        sums = padded.new_zeros(places, hidden, channels, 2, dtype=torch.float32)
     else:
-        p, warps = _tile(padded, max(channels, hidden))
+        p, warps = _tile(padded.dtype, max(channels, hidden))
         (g_steps, g_kind), (k_steps, k_kind) = _steps('G', grad), _steps('K', padded)
         constants = {
             **g_kind, **k_kind, 'C': channels, 'M': hidden, 'CB': _padded(channels), 'MB': _padded(hidden),
@@ -793,7 +819,7 @@ def patch_gradients(
         images = triton.cdiv(batch, max(min(batch, room), 1))
         shares = triton.cdiv(batch, images)
         per_program = triton.cdiv(places, min(places, triton.cdiv(_PROGRAMS, across * shares)))
-        buffer = padded.new_empty(across * shares, places, 2, hidden, channels, dtype=torch.float32)
+        buffer = padded.new_empty(across * shares, places, hidden, channels, 2, dtype=torch.float32)
         _launch(
             _patch_products, (across * shares, triton.cdiv(places, per_program)), [grad, padded, buffer, scale, shift],
             [batch, height, width, images, per_program, *g_steps, *k_steps],
@@ -801,7 +827,7 @@ def patch_gradients(
             warps,
         )
         sums = buffer.sum(0)
-    passing, passing_keys = sums.unbind(1)  # (K * K, M, C)
+    passing, passing_keys = sums.unbind(-1)  # (K * K, M, C)
     grad_scale, grad_shift = ((x * by_place).sum(1).t().flatten() for x in (passing_keys, passing))
     grad_weight = (passing_keys * scale + passing * shift).permute(1, 2, 0)
     return grad_padded, grad_scale, grad_shift, grad_weight.reshape(weight.shape)
