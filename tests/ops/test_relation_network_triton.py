@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from timm_gsa.ops.neighbourhood import reflect_pad, same_padding, windows
-from timm_gsa.ops.relation_network import _difference_network, _folded, _patch_network
+from timm_gsa.ops.relation_network import _folded, _plain_difference_network, _plain_patch_hidden
 
 from .test_aggregation_triton import INTERPRETED, laid, needs_cuda, needs_triton
 
@@ -78,7 +78,7 @@ def relations(query: torch.Tensor, padded: torch.Tensor, kernel_size: int, dilat
 def by_difference_functions(kernels: Any, case: dict[str, torch.Tensor], *window: int) -> list[torch.Tensor]:
     maps, folded, weight2 = (case["query"], case["padded"]), case["folded"], case["weight2"]
     return [
-        kernels.rectified_moments(*maps, *window),
+        kernels.rectified_moments(*maps, *window, weight2.dtype),
         kernels.difference_logits(*maps, folded, weight2, case["bias2"], *window),
         *kernels.difference_products(case["grad"], *maps, folded, weight2, *window),
         *kernels.difference_input_gradients(
@@ -139,7 +139,7 @@ def by_patches(case: list[torch.Tensor], *window: int) -> list[torch.Tensor]:
     """What `by_patch_functions` gives, in float64 and on all patches at once."""
     *inputs, grad = (x.double() for x in case)
     leaves = [x.requires_grad_() for x in inputs]
-    out = _patch_network(*leaves, *window)
+    out = _plain_patch_hidden(*leaves, *window)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
@@ -314,19 +314,26 @@ class TestKernels:
         got = by_patch_functions(kernels, case, kernel_size, dilation)
         assert_near(got, by_patches(case, kernel_size, dilation), 1e-5)
 
-    def test_half_precision_with_matrices_of_float32(self, kernels: Any) -> None:
-        window, dtype = (3, 1), torch.float16  # the interpreter has no products of bfloat16
+    def test_half_precision_with_maps_and_matrices_of_float32(self, kernels: Any) -> None:
+        window, dtype, wide = (3, 1), torch.float16, torch.float32  # the interpreter has no products of bfloat16
         case = difference_case((4, 5), *window, 6, 4, 2, dtype=dtype)
-        matrices = "folded", "weight2", "bias2", "back", "correction"
-        mixed = case | {name: case[name].float() for name in matrices}
-        got = by_difference_functions(kernels, mixed, *window)
-        assert [x.dtype for x in got] == [torch.float64, dtype, *[torch.float32] * 3, *[dtype] * 4]
-        assert_near(got, by_differences(case, *window), 0.03)
+        matrices = "folded", "bias2", "back", "correction"
+        for names, maps in ((matrices, dtype), ((*matrices, "query", "padded"), wide)):
+            mixed = case | {name: case[name].float() for name in names}
+            got = by_difference_functions(kernels, mixed, *window)
+            assert [x.dtype for x in got] == [torch.float64, dtype, *[wide] * 3, *[maps] * 4]
+            assert_near(got, by_differences(case, *window), 0.03)
         case = patch_case((4, 5), *window, 6, 4, dtype=dtype)
         mixed = [x.float() if 0 < n < 4 else x for n, x in enumerate(case)]
         got = by_patch_functions(kernels, mixed, *window)
         assert [x.dtype for x in got] == [dtype, dtype, *[torch.float32] * 3]
         assert_near(got, by_patches(case, *window), 0.03)
+
+    def test_float32_maps_are_subtracted_before_they_are_rounded(self, kernels: Any) -> None:
+        window = 3, 1
+        case = difference_case((4, 5), *window, 6, 4, 2, dtype=torch.float16)
+        case |= {name: case[name].float() + 1000 for name in ("query", "padded")}
+        assert_near(by_difference_functions(kernels, case, *window), by_differences(case, *window), 0.03)
 
     def test_tiles_of_half_precision_on_maps_that_do_not_fill_them(self, kernels: Any) -> None:
         window = 3, 1
@@ -380,7 +387,7 @@ class TestKernels:
         shapes = (2, 3, *size), (2, 3, 7, 6), (4, 3), (4,), (4,), (2, 4), (2,), (2, 2, 9, *size)
         *inputs, grad = (x.float() for x in randoms(*shapes))
         wide = [x.double().requires_grad_() for x in inputs]
-        want = _difference_network(*wide, eps, *window)
+        want = _plain_difference_network(*wide, eps, *window)
         want = [want, *torch.autograd.grad(want, wide, grad.double())]
         assert_near(network_with_batch_norm(kernels, inputs, grad, eps, *window), want, 1e-4)
 
@@ -396,7 +403,7 @@ def network_with_batch_norm(
     query, padded, weight1, scale, shift, weight2, bias2 = inputs
     maps = query, padded
     count = query[:, 0].numel() * window[0] ** 2
-    moments = kernels.rectified_moments(*maps, *window).double() / count
+    moments = kernels.rectified_moments(*maps, *window, maps[0].dtype).double() / count
     first, second = moments[:-1, -1], moments[:-1, :-1]
     mean = weight1.double() @ first
     variance = ((weight1.double() @ (second - first * first[:, None])) * weight1).sum(1).clamp(min=0)

@@ -75,14 +75,15 @@ class _NeighbourhoodAttention(nn.Module):
         lies between. Training mode decides alike with and without gradients, as what norms make of a small batch shows
         every rounding.
         """
+        if not self._is_known():
+            return False
         tensors = x, *self.parameters()
-        always = kernels_serve(*tensors) or compiled_for_cpu(*tensors)
+        always = kernels_serve(x.dtype, *self._network_sizes(), *tensors) or compiled_for_cpu(*tensors)
         if not always and not eager_on_cpu(*tensors):
             return False
         by_batch = all(type(norm) is nn.BatchNorm2d and norm.training for norm in (self.norm1, self.norm2))
         return (
-            self._is_known()
-            and (by_batch or self._has_fixed_norms())
+            (by_batch or self._has_fixed_norms())
             and (always or x.shape[-2:].numel() >= _LARGE or not (by_batch or records_gradients(*tensors)))
         )
 
@@ -95,6 +96,10 @@ class _NeighbourhoodAttention(nn.Module):
         else:
             faster = inference_on_cpu(*tensors) and x.shape[-2:].numel() < _LARGE
         return faster and self._is_known() and self._has_fixed_norms()
+
+    def _network_sizes(self) -> tuple[int, int, int | None]:
+        """Channels of the maps that the network relates, after its first linear map and after the second, if it has."""
+        raise NotImplementedError
 
     def _is_known(self) -> bool:
         """Whether all between projection and weights is of the kind known here, and no hook watches or changes it."""
@@ -215,6 +220,9 @@ class PairwiseAttention(_NeighbourhoodAttention):
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         return weight.softmax(2, dtype=wide).unflatten(3, (height, width))
 
+    def _network_sizes(self) -> tuple[int, int, int | None]:
+        return self.dim_key + 2, self.conv1.out_channels, self.num_groups
+
     def mapped_position(self, query: torch.Tensor) -> torch.Tensor:
         """Coordinates of a map's positions as `position` maps them, (1, 2, H, W)."""
         grid = coordinates(query.shape[-2], query.shape[-1], query.device, self.position.weight.dtype)
@@ -247,8 +255,7 @@ class PairwiseAttention(_NeighbourhoodAttention):
     def _logits_by_rows(self, query: torch.Tensor, key: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """What the softmax is taken of; the first norm acts on query and key.
 
-        Positions join as at least float32, which all is until the norm has spread them: half precision leaves those of
-        neighbours hardly apart.
+        Maps are at least float32 until they are subtracted: half precision leaves positions of neighbours hardly apart.
         """
         dtype = query.dtype
         position = position.expand(query.shape[0], -1, -1, -1)
@@ -256,11 +263,11 @@ class PairwiseAttention(_NeighbourhoodAttention):
         window = self.kernel_size, self.dilation
         count = query[:, 0].numel() * self.kernel_size ** 2
         scale, shift = affine_or_batch(self.norm1, lambda: difference_moments(query, key, *window), count, query)
-        query = (query * scale[:, None, None] + shift[:, None, None]).to(dtype)
-        key = (key * scale[:, None, None]).to(dtype)
+        query = query * scale[:, None, None] + shift[:, None, None]
+        key = key * scale[:, None, None]
         bias2 = self.conv2.bias
         assert bias2 is not None
-        weight1, weight2 = (conv.weight[:, :, 0, 0] for conv in (self.conv1, self.conv2))
+        weight1, weight2 = self.conv1.weight[:, :, 0, 0], self.conv2.weight[:, :, 0, 0].to(dtype)
         affine = affine_of(self.norm2)
         if affine is not None:
             weight1 = weight1 * affine[0][:, None]
@@ -354,6 +361,9 @@ class PatchwiseAttention(_NeighbourhoodAttention):
             weight = self.conv1(self.act1(self.norm1(weight)))
             weight = self.act2(self.norm2(weight))
         return self.conv2(weight).unflatten(1, (self.num_groups, -1))
+
+    def _network_sizes(self) -> tuple[int, int, int | None]:
+        return self.dim_key, self.conv1.out_channels, None
 
     @torch.jit.unused
     def _groups_innermost(self, hidden: torch.Tensor) -> torch.Tensor:

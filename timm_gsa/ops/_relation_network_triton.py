@@ -24,7 +24,8 @@ Bytes. Maps and their gradients are read and written once, but for what the firs
 neighbouring rows; the logits, K * K * G numbers a position, are most of them. They lie with groups innermost, then
 places, which is how `timm_gsa.ops.aggregation` reads them fastest.
 
-Matrices may have another floating-point type than the maps: they are rounded to theirs as factors, sums are float32.
+Matrices may have another floating-point type than the maps. Factors of products are rounded to the type of weight2, so
+that differences of float32 maps are exact before; those of patches to that of the keys. Sums are float32.
 
 Loads are of 16 bytes where channels are innermost in memory, and these and all strides are multiples of 16 bytes. To
 18 channels a caller may add 6 that are zero, with columns of zeros in the matrices: that saves a fourth of the
@@ -50,6 +51,8 @@ __all__ = [
 
 _PROGRAMS = 4096  # at most so many leave a matrix of sums each: several for every one that a GPU runs at once
 _BUFFER = 2 ** 23  # numbers that those matrices may hold together
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 # Sizes and strides, none of which is worth another compilation.
 _NUMBERS = (
@@ -168,9 +171,8 @@ def _rectified_moments(
         q_b, q_c, q_h, q_w, k_b, k_c, k_h, k_w,
         Q_UNIT: tl.constexpr, Q_V: tl.constexpr, K_UNIT: tl.constexpr, K_V: tl.constexpr,
         C: tl.constexpr, CB: tl.constexpr, REST: tl.constexpr,
-        K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, INDEX: tl.constexpr,
+        K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, INDEX: tl.constexpr, DTYPE: tl.constexpr,
 ):
-    dtype: tl.constexpr = query.dtype.element_ty
     start = tl.program_id(1) * places
     stop = tl.minimum(start + places, K * K)
     main = tl.zeros([CB, CB], tl.float32)
@@ -184,10 +186,10 @@ def _rectified_moments(
         seen = _offsets(image, y, x, k_b, k_h, k_w, K_V)
         for place in range(start, stop):
             keys = _tiles(padded + _step(place, k_h, k_w, K_V, K, D), seen, k_c, K_UNIT, C, CB, REST)
-            a = _rectified(queries[0], keys[0]).to(dtype)
+            a = _rectified(queries[0], keys[0]).to(DTYPE)
             main = _dot(tl.trans(a), a, main)
             if REST:
-                b = _rectified(queries[1], keys[1]).to(dtype)
+                b = _rectified(queries[1], keys[1]).to(DTYPE)
                 beside = _dot(tl.trans(a), b, beside)
                 rest = _dot(tl.trans(b), b, rest)
     sums += (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * ((C + 1) * (C + 1))
@@ -211,7 +213,7 @@ def _difference_logits(
         CB: tl.constexpr, REST: tl.constexpr, MB: tl.constexpr, GB: tl.constexpr,
         K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, INDEX: tl.constexpr,
 ):
-    dtype: tl.constexpr = query.dtype.element_ty
+    dtype: tl.constexpr = weight2.dtype.element_ty
     n, image, y, x, there = _rows(tl.program_id(0), count, height, width, P, INDEX)
     queries = _tiles(query, _offsets(image, y, x, q_b, q_h, q_w, Q_V), q_c, Q_UNIT, C, CB, REST)
     seen = _offsets(image, y, x, k_b, k_h, k_w, K_V)
@@ -242,7 +244,7 @@ def _difference_products(
         CB: tl.constexpr, REST: tl.constexpr, MB: tl.constexpr, GB: tl.constexpr,
         K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, INDEX: tl.constexpr,
 ):
-    dtype: tl.constexpr = query.dtype.element_ty
+    dtype: tl.constexpr = weight2.dtype.element_ty
     factors, summands = _first_layer(folded, dtype, C, M, CB, REST, MB)
     g = tl.arange(0, GB)
     m = tl.arange(0, MB)
@@ -300,7 +302,7 @@ def _difference_input_gradient(
         OF_KEY: tl.constexpr, CORRECTED: tl.constexpr,
 ):
     """Of the query, or of the padded key, each position of which gathers from those that see it."""
-    dtype: tl.constexpr = query.dtype.element_ty
+    dtype: tl.constexpr = weight2.dtype.element_ty
     PIECES: tl.constexpr = 1 + (REST > 0)
     PAD: tl.constexpr = (K - 1) * D * OF_KEY
     n, image, y, x, there = _rows(tl.program_id(0), count, height + PAD, width + PAD, P, INDEX)
@@ -549,7 +551,13 @@ def patch_memory(channels: int, hidden: int, dtype: torch.dtype) -> int:
     return max(dtype.itemsize * (c * m + 2 * p * (c + m)), 8 * c * m)
 
 
-def rectified_moments(query: torch.Tensor, padded: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
+def rectified_moments(
+        query: torch.Tensor,
+        padded: torch.Tensor,
+        kernel_size: int,
+        dilation: int,
+        dtype: torch.dtype,
+) -> torch.Tensor:
     """Sum over batch, places and positions of [a; 1] [a; 1]^T for a = relu(query - key of the place).
 
     Args:
@@ -557,6 +565,7 @@ def rectified_moments(query: torch.Tensor, padded: torch.Tensor, kernel_size: in
         padded: Keys of shape (B, C, H + 2 * padding, W + 2 * padding), of the same type.
         kernel_size: Odd number K of places a side.
         dilation: Distance in pixels between neighbouring places.
+        dtype: What differences are rounded to as factors; float32, bfloat16 or float16.
 
     Returns:
         Matrix (C + 1, C + 1), float64.
@@ -566,7 +575,7 @@ def rectified_moments(query: torch.Tensor, padded: torch.Tensor, kernel_size: in
     if count == 0:
         return query.new_zeros(channels + 1, channels + 1, dtype=torch.float64)
     pieces = _pieces(channels + 1)
-    p, warps = _tile(query.dtype, pieces['CB'])
+    p, warps = _tile(dtype, pieces['CB'])
     tiles = triton.cdiv(count, p)
     programs, per_program = _split(tiles, places, (channels + 1) ** 2)
     splits = triton.cdiv(places, per_program)
@@ -575,7 +584,10 @@ def rectified_moments(query: torch.Tensor, padded: torch.Tensor, kernel_size: in
     _launch(
         _rectified_moments, (programs, splits), [query, padded, sums],
         [count, height, width, tiles, per_program, *q_steps, *k_steps],
-        {**q_kind, **k_kind, 'C': channels, **pieces, 'K': kernel_size, 'D': dilation, 'P': p, **_index(count)},
+        {
+            **q_kind, **k_kind, 'C': channels, **pieces,
+            'K': kernel_size, 'D': dilation, 'P': p, **_index(count), 'DTYPE': _TYPES[dtype],
+        },
         warps,
     )
     return sums.sum(0, dtype=torch.float64)
@@ -596,20 +608,20 @@ def difference_logits(
         query: Map of shape (B, C, H, W), float32, bfloat16 or float16, in any layout.
         padded: Keys of shape (B, C, H + 2 * padding, W + 2 * padding), of the same type.
         folded: Matrix of shape (M, C + 1).
-        weight2: Matrix of shape (G, M).
+        weight2: Matrix of shape (G, M), of the type that factors of products are rounded to.
         bias2: Vector of shape (G,).
         kernel_size: Odd number K of places a side.
         dilation: Distance in pixels between neighbouring places.
 
     Returns:
-        Tensor of shape (B, G, K * K, H, W) of the type of the maps, groups innermost in memory, then places.
+        Tensor of shape (B, G, K * K, H, W) of the type of weight2, groups innermost in memory, then places.
     """
     batch, channels, height, width = query.shape
     hidden, groups, count, places = len(folded), len(weight2), batch * height * width, kernel_size ** 2
-    out = query.new_empty(batch, height, width, places, groups)
+    out = query.new_empty(batch, height, width, places, groups, dtype=weight2.dtype)
     if count > 0:
         pieces = _pieces(channels)
-        p, warps = _tile(query.dtype, max(pieces['CB'], hidden))
+        p, warps = _tile(weight2.dtype, max(pieces['CB'], hidden))
         tiles = triton.cdiv(count, p)
         per_program = triton.cdiv(places, min(places, triton.cdiv(_PROGRAMS, 4 * tiles)))
         (q_steps, q_kind), (k_steps, k_kind) = _steps('Q', query), _steps('K', padded)
@@ -652,7 +664,7 @@ def difference_products(
     batch, channels, height, width = query.shape
     hidden, groups, count, places = len(folded), len(weight2), batch * height * width, kernel_size ** 2
     pieces = _pieces(channels + 1)
-    p, warps = _tile(query.dtype, max(pieces['CB'], hidden), most=64)
+    p, warps = _tile(weight2.dtype, max(pieces['CB'], hidden), most=64)
     tiles = triton.cdiv(count, p)
     programs, per_program = _split(tiles, places, hidden * (channels + 1) + groups * (hidden + 1))
     splits = triton.cdiv(places, per_program)
@@ -701,7 +713,7 @@ def difference_input_gradients(
     batch, channels, height, width = query.shape
     hidden, groups = len(folded), len(weight2)
     pieces = _pieces(channels)
-    p, warps = _tile(query.dtype, max(pieces['CB'], hidden), most=64)
+    p, warps = _tile(weight2.dtype, max(pieces['CB'], hidden), most=64)
     (g_steps, g_kind), (q_steps, q_kind), (k_steps, k_kind) = _steps('G', grad), _steps('Q', query), _steps('K', padded)
     matrices = [folded, weight2, back, folded if correction is None else correction]
     outs = [_empty_map(x, channels, *x.shape[2:]) for x in (query, padded)]

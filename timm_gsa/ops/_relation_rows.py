@@ -20,11 +20,18 @@ __all__ = [
 ]
 
 
-def rectified_moments(query: torch.Tensor, padded: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
+def rectified_moments(
+        query: torch.Tensor,
+        padded: torch.Tensor,
+        kernel_size: int,
+        dilation: int,
+        dtype: torch.dtype,
+) -> torch.Tensor:
     """Sum of [a; 1] [a; 1]^T over batch, places and positions, (C + 1, C + 1), float64, for a = relu(query - key)."""
     size = query.shape[1] + 1
     moments = query.new_zeros(size, size, dtype=torch.float64)
     for _, _, rectified in _differences(query, padded, kernel_size, dilation):
+        rectified = rectified.to(dtype)
         moments += rectified @ rectified.t()
     return moments
 

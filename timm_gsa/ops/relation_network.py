@@ -6,6 +6,7 @@ CPUs, and in Triton kernels; what is here are matrices and norms, which are the 
 
 Source: Zhao, Jia and Koltun, "Exploring Self-attention for Image Recognition", CVPR 2020, sections 3.1 and 3.2.
 """
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,6 @@ __all__ = [
     'difference_moments',
     'difference_network',
     'difference_network_reference',
-    'kernels_serve',
     'normed_difference_network',
     'normed_difference_network_reference',
     'patch_moments',
@@ -62,7 +62,7 @@ def difference_network(
         Tensor of shape (B, G, K * K, H, W), places in row-major order.
     """
     padded = reflect_pad(key, same_padding(kernel_size, dilation))
-    network = _difference_operator if _is_operator(query) else _DifferenceNetwork.apply
+    network = _difference_operator if _is_operator(query, weight1, weight2) else _DifferenceNetwork.apply
     return network(
         query, padded, weight1, torch.ones_like(bias1), bias1, weight2, bias2, None, kernel_size, dilation)[0]
 
@@ -116,7 +116,7 @@ def normed_difference_network(
         n) of the M channels before the norm, float64, which no gradient flows through.
     """
     padded = reflect_pad(key, same_padding(kernel_size, dilation))
-    network = _difference_operator if _is_operator(query) else _DifferenceNetwork.apply
+    network = _difference_operator if _is_operator(query, weight1, weight2) else _DifferenceNetwork.apply
     return network(query, padded, weight1, scale, shift, weight2, bias2, eps, kernel_size, dilation)[:3]
 
 
@@ -166,7 +166,7 @@ def patch_network(
         Tensor of shape (B, M, H, W).
     """
     padded = reflect_pad(key, same_padding(kernel_size, dilation))
-    network = _patch_operator if _is_operator(key) else _PatchNetwork.apply
+    network = _patch_operator if _is_operator(key, weight) else _PatchNetwork.apply
     return network(padded, scale, shift, weight, kernel_size, dilation)
 
 
@@ -249,24 +249,58 @@ def _window_sums(x: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tens
 
 
 @torch.jit.unused
-def kernels_serve(*tensors: torch.Tensor) -> bool:
-    """Whether Triton kernels compute networks of these, the first of which is a map; else it goes by rows."""
-    first = tensors[0]
-    return first.dtype in (torch.float32, torch.bfloat16, torch.float16) and triton_serves(*tensors)
+def kernels_serve(dtype: torch.dtype, channels: int, hidden: int, groups: int | None, *tensors: torch.Tensor) -> bool:
+    """Whether Triton kernels compute a network on a GPU; else it goes by rows.
+
+    Args:
+        dtype: In which products are taken.
+        channels: Channels of the maps that go into it.
+        hidden: Channels after the first linear map.
+        groups: Channels after the second one; None for a network of patches.
+        tensors: What goes into it.
+    """
+    return (
+        dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and triton_serves(*tensors)
+        and _fits(tensors[0].device, dtype, channels, hidden, groups)
+    )
 
 
-def _kernels(x: torch.Tensor) -> Any:
+@torch.compiler.assume_constant_result
+@functools.cache
+def _fits(device: torch.device, dtype: torch.dtype, channels: int, hidden: int, groups: int | None) -> bool:
+    """Whether a multiprocessor has the shared memory that the kernels take."""
+    if not torch.cuda.is_available():  # traced for a device elsewhere
+        return True
+    from ._relation_network_triton import difference_memory, patch_memory  # imports Triton
+
+    if groups is None:
+        needed = patch_memory(channels, hidden, dtype)
+    else:
+        needed = difference_memory(channels, hidden, groups, dtype)
+    # What every device that Triton serves has, where torch does not tell.
+    return needed <= getattr(torch.cuda.get_device_properties(device), 'shared_memory_per_block_optin', 99 * 1024)
+
+
+def _is_for_kernels(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor | None = None) -> bool:
+    """Whether `kernels_serve` a network of differences with these linear maps, or of patches with one."""
+    dtype, groups = (x.dtype, None) if second is None else (second.dtype, second.shape[0])
+    return x.dtype != torch.float64 and kernels_serve(dtype, x.shape[1], first.shape[0], groups, x, first)
+
+
+def _kernels(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor | None = None) -> Any:
     """The module that goes over the relations of a map: both have the same functions."""
-    return importlib.import_module('._relation_network_triton', __package__) if kernels_serve(x) else _relation_rows
+    for_kernels = _is_for_kernels(x, first, second)
+    return importlib.import_module('._relation_network_triton', __package__) if for_kernels else _relation_rows
 
 
-def _is_operator(x: torch.Tensor) -> bool:
+def _is_operator(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor | None = None) -> bool:
     """Whether networks are operators: for a compiler, which would look into the others, and of Triton kernels.
 
     An exported program must load where this package, which registers them, is not. In eager mode on a CPU the first
     call of an operator would take a second: it imports the compiler.
     """
-    return (torch.compiler.is_compiling() and not is_exporting()) or kernels_serve(x)
+    return (torch.compiler.is_compiling() and not is_exporting()) or _is_for_kernels(x, first, second)
 
 
 def _normed_difference_network(
@@ -291,11 +325,12 @@ def _normed_difference_network(
         Logits in the dtype of the query, by kernels with groups innermost in memory, then places; mean and variance,
         (M,); moments of [a; 1], (C + 1, C + 1), zeros where no norm asks for them.
     """
-    kernels, window = _kernels(query), (kernel_size, dilation)
+    kernels, window = _kernels(query, weight1, weight2), (kernel_size, dilation)
     if eps is None:
         moments = query.new_zeros(query.shape[1] + 1, query.shape[1] + 1, dtype=torch.float64)
     else:
-        moments = kernels.rectified_moments(query, padded, *window).double() / _count(query, kernel_size)
+        moments = kernels.rectified_moments(query, padded, *window, weight2.dtype).double()
+        moments /= _count(query, kernel_size)
     mean, variance, rate = _statistics(weight1.double(), moments, eps)
     folded = _folded(weight1.double(), scale * rate, shift - mean * scale * rate).to(_wide(query))
     return kernels.difference_logits(query, padded, folded, weight2, bias2, *window), mean, variance, moments
@@ -316,7 +351,7 @@ def _difference_gradients(
         dilation: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of the seven tensors that `_normed_difference_network` takes, from that of the logits."""
-    kernels, window = _kernels(query), (kernel_size, dilation)
+    kernels, window = _kernels(query, weight1, weight2), (kernel_size, dilation)
     count = _count(query, kernel_size)
     wide1 = weight1.double()
     mean, _, rate = _statistics(wide1, moments, eps)
@@ -352,7 +387,7 @@ def _plain_difference_network(
         kernel_size: int,
         dilation: int,
 ) -> torch.Tensor:
-    dtype = query.dtype
+    dtype = weight2.dtype
     query, padded, weight1, scale, shift, weight2, bias2 = (
         x.to(_wide(query)) for x in (query, padded, weight1, scale, shift, weight2, bias2))
     relation = (query[:, :, None, None] - windows(padded, kernel_size, dilation)).flatten(2, 3).relu()
@@ -440,8 +475,8 @@ def _like_logits(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, channels, height, width = query.shape
     groups, places = weight2.shape[0], kernel_size ** 2
-    if kernels_serve(query):
-        logits = query.new_empty(batch, height, width, places, groups).permute(0, 4, 3, 1, 2)
+    if _is_for_kernels(query, weight1, weight2):
+        logits = query.new_empty(batch, height, width, places, groups, dtype=weight2.dtype).permute(0, 4, 3, 1, 2)
     else:
         logits = query.new_empty(batch, groups, places, height, width)
     mean, variance = (torch.empty_like(scale, dtype=torch.float64) for _ in range(2))
@@ -453,9 +488,15 @@ def _like_difference_inputs(
         grad: torch.Tensor,
         query: torch.Tensor,
         padded: torch.Tensor,
-        *matrices: Any,
+        weight1: torch.Tensor,
+        scale: torch.Tensor,
+        shift: torch.Tensor,
+        weight2: torch.Tensor,
+        bias2: torch.Tensor,
+        *more: Any,
 ) -> tuple[torch.Tensor, ...]:
-    return _like_map(query), _like_map(padded), *(x.new_empty(x.shape) for x in matrices[:5])
+    maps = (_like_map(x, _is_for_kernels(query, weight1, weight2)) for x in (query, padded))
+    return *maps, *(x.new_empty(x.shape) for x in (weight1, scale, shift, weight2, bias2))
 
 
 _difference_operator.register_autograd(
@@ -473,7 +514,7 @@ def _patch_hidden(
         dilation: int,
 ) -> torch.Tensor:
     """`patch_network` on padded keys; by kernels with channels innermost in memory."""
-    return _kernels(padded).patch_hidden(padded, scale, shift, weight, kernel_size, dilation)
+    return _kernels(padded, weight).patch_hidden(padded, scale, shift, weight, kernel_size, dilation)
 
 
 def _patch_gradients(
@@ -486,7 +527,8 @@ def _patch_gradients(
         dilation: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of the four tensors that `_patch_hidden` takes, from that of what it gives."""
-    grad_padded, *grads = _kernels(padded).patch_gradients(grad, padded, scale, shift, weight, kernel_size, dilation)
+    kernels, window = _kernels(padded, weight), (kernel_size, dilation)
+    grad_padded, *grads = kernels.patch_gradients(grad, padded, scale, shift, weight, *window)
     return grad_padded, *_like((scale, shift, weight), tuple(grads))
 
 
@@ -543,17 +585,19 @@ def _like_hidden(
 ) -> torch.Tensor:
     margin = 2 * same_padding(kernel_size, dilation)
     height, width = padded.shape[-2:]
-    return _like_map(padded.new_empty(padded.shape[0], weight.shape[0], height - margin, width - margin))
+    hidden = padded.new_empty(padded.shape[0], weight.shape[0], height - margin, width - margin)
+    return _like_map(hidden, _is_for_kernels(padded, weight))
 
 
 @_patch_gradients_operator.register_fake
 def _like_patch_inputs(grad: torch.Tensor, padded: torch.Tensor, *more: Any) -> tuple[torch.Tensor, ...]:
-    return _like_map(padded), *(x.new_empty(x.shape) for x in more[:3])
+    matrices = more[:3]
+    return _like_map(padded, _is_for_kernels(padded, matrices[2])), *(x.new_empty(x.shape) for x in matrices)
 
 
-def _like_map(x: torch.Tensor) -> torch.Tensor:
+def _like_map(x: torch.Tensor, for_kernels: bool) -> torch.Tensor:
     """An empty map, laid out as what comes by rows, or as kernels lay out maps: with channels innermost."""
-    return torch.empty_like(x, memory_format=torch.channels_last if kernels_serve(x) else torch.preserve_format)
+    return torch.empty_like(x, memory_format=torch.channels_last if for_kernels else torch.preserve_format)
 
 
 _patch_operator.register_autograd(
