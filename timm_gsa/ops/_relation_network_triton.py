@@ -535,8 +535,8 @@ def _empty_map(like: torch.Tensor, channels: int, height: int, width: int) -> to
 def difference_memory(channels: int, hidden: int, groups: int, dtype: torch.dtype) -> int:
     """Bytes of shared memory that the kernels of differences take at most, which a device must have for one block.
 
-    They hold all matrices at once: 160 kB for the last stage of SAN in half precision, more than any device has in
-    float32, and 55 kB or less for the others in half precision. `shared_memory_per_block_optin` of
+    They hold all matrices at once. This counts 193 kB for the last stage of SAN in half precision, more than any device
+    has in float32, and 71 kB or less for the others in half precision. `shared_memory_per_block_optin` of
     `torch.cuda.get_device_properties` says what there is.
     """
     c, m, g = sum(_pieces(channels).values()), _padded(hidden), _padded(groups)
