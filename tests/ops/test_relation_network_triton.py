@@ -18,7 +18,7 @@ import torch
 from timm_gsa.ops.neighbourhood import reflect_pad, same_padding, windows
 from timm_gsa.ops.relation_network import _folded, _plain_difference_network, _plain_patch_hidden
 
-from .test_aggregation_triton import INTERPRETED, laid, needs_cuda, needs_triton
+from .test_aggregation_triton import INTERPRETED, laid, needs_cuda, needs_interpreter, needs_triton
 
 PAIRWISE = [(112, 3, 6, 4, 2), (56, 7, 18, 16, 8), (28, 7, 34, 32, 16), (14, 7, 66, 64, 32), (7, 7, 130, 128, 64)]
 PATCHWISE = [(112, 3, 4, 2), (56, 7, 16, 8), (28, 7, 32, 16), (14, 7, 64, 32), (7, 7, 128, 64)]
@@ -251,7 +251,7 @@ def test_shared_memory_is_what_they_say(
 
 
 @pytest.mark.slow
-@needs_triton
+@needs_interpreter
 @pytest.mark.skipif(INTERPRETED, reason="would start itself")
 def test_in_the_interpreter() -> None:
     run = subprocess.run(

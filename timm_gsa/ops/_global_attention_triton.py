@@ -33,7 +33,7 @@ import triton.language as tl
 
 __all__ = ['attend', 'attend_backward', 'content', 'content_backward', 'fused', 'gather', 'gather_backward']
 
-_BLOCK = 32  # positions of a line at a time, at most
+_BLOCK = 32  # positions of a line at a time, at most; twice as many in a backward pass
 _TILE = 64  # the same where heads are narrow
 _EACH = 4  # lines of a program in a forward pass
 _PROGRAMS = 1024  # that share the lines of a batch in a backward pass
@@ -76,19 +76,6 @@ def _logits(q, r, B: tl.constexpr, PRECISION: tl.constexpr):
     products = tl.dot(q, tl.trans(r), input_precision=PRECISION).to(q.dtype)
     offset = tl.arange(0, B)[None, :] - tl.arange(0, B)[:, None] + B - 1
     return tl.gather(products, offset, 1)
-
-
-@triton.jit
-def _block_gradients(asked, known, grad, r, asked_grad, B: tl.constexpr, PRECISION: tl.constexpr):
-    """Of a block of queries and one of values: gradients of values and embeddings, and that of the queries so far."""
-    neighbour = tl.arange(0, 2 * B)[None, :] + tl.arange(0, B)[:, None] - (B - 1)  # i of x and offset
-    met = (neighbour >= 0) & (neighbour < B)
-    neighbour = tl.minimum(tl.maximum(neighbour, 0), B - 1)
-    known_grad = tl.dot(tl.trans(_logits(asked, r, B, PRECISION)), grad, input_precision=PRECISION)
-    logits_grad = tl.dot(grad, tl.trans(known), input_precision=PRECISION).to(asked.dtype)
-    products_grad = tl.where(met, tl.gather(logits_grad, neighbour, 1), 0.).to(asked.dtype)
-    asked_grad = tl.dot(products_grad, r, asked_grad, input_precision=PRECISION)
-    return known_grad, tl.dot(tl.trans(products_grad), asked, input_precision=PRECISION), asked_grad
 
 
 @triton.jit
@@ -144,71 +131,50 @@ def _attend_backward(
         DEPTH: tl.constexpr, D: tl.constexpr, VDEPTH: tl.constexpr, E: tl.constexpr,
         B: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Of `each` lines. Sums over blocks and lines stay in registers where a line has two blocks at most; else they
-    gather in memory where nobody else writes."""
+    """Of `each` lines. Sums over blocks gather in memory where a line has several, and nobody else writes there."""
     program = tl.program_id(0)
     q_channels, v_channels, g_channels = _channels(D, q_d, Q_UNIT), _channels(E, v_d, V_UNIT), _channels(E, g_d, G_UNIT)
     dq_channels, dv_channels = _channels(D, dq_d, DQ_UNIT), _channels(E, dv_d, DV_UNIT)
+    neighbour = tl.arange(0, 2 * B)[None, :] + tl.arange(0, B)[:, None] - (B - 1)  # i of x and offset
+    met = (neighbour >= 0) & (neighbour < B)
+    neighbour = tl.minimum(tl.maximum(neighbour, 0), B - 1)
     slot = tl.arange(0, 2 * B)[:, None] * D + tl.arange(0, D)[None, :]
     sums = partial + program.to(tl.int64) * (2 * BLOCKS - 1) * (2 * B * D) + slot
-    found = (tl.zeros([2 * B, D], tl.float32),) * (2 * BLOCKS - 1 if BLOCKS <= 2 else 1)
+    found = tl.zeros([2 * B, D], tl.float32)
     for line in range(program * each, tl.minimum(program * each + each, lines)):
         queries = q + _line(line, heads, across, q_b, q_n, q_w, Q_UNIT, DEPTH)
         values = v + _line(line, heads, across, v_b, v_n, v_w, V_UNIT, VDEPTH)
         grads = g + _line(line, heads, across, g_b, g_n, g_w, G_UNIT, VDEPTH)
         query_grads = dq + _line(line, heads, across, dq_b, dq_n, dq_w, DQ_UNIT, DEPTH)
         value_grads = dv + _line(line, heads, across, dv_b, dv_n, dv_w, DV_UNIT, VDEPTH)
-        if BLOCKS <= 2:
-            known_grads = (tl.zeros([B, E], tl.float32),) * BLOCKS
-            for x in tl.static_range(BLOCKS):
-                pointers, there = _rows(queries, x * B, length, q_l, q_channels, DEPTH, B, D)
-                asked = tl.load(pointers, mask=there, other=0.)
-                pointers, there = _rows(grads, x * B, length, g_l, g_channels, VDEPTH, B, E)
-                grad = tl.load(pointers, mask=there, other=0.).to(asked.dtype)
-                asked_grad = tl.zeros([B, D], tl.float32)
-                new, new_found = (), ()
-                for i in tl.static_range(BLOCKS):
-                    r = _embeddings(table, (i - x - 1) * B + length, length, DEPTH, B, D)
-                    pointers, there = _rows(values, i * B, length, v_l, v_channels, VDEPTH, B, E)
-                    known = tl.load(pointers, mask=there, other=0.)
-                    dk, dr, asked_grad = _block_gradients(asked, known, grad, r, asked_grad, B, PRECISION)
-                    new = new + (known_grads[i] + dk,)
-                    new_found = new_found + (dr,)
-                known_grads = new
-                later = ()  # blocks of i - x = -1, 0 and 1
-                for at in tl.static_range(2 * BLOCKS - 1):
-                    if at + x >= BLOCKS - 1 and at + x < 2 * BLOCKS - 1:
-                        later = later + (found[at] + new_found[at + x - (BLOCKS - 1)],)
-                    else:
-                        later = later + (found[at],)
-                found = later
-                pointers, there = _rows(query_grads, x * B, length, dq_l, dq_channels, DEPTH, B, D)
-                tl.store(pointers, asked_grad.to(dq.dtype.element_ty), mask=there)
-            for i in tl.static_range(BLOCKS):
+        for x in range(BLOCKS):
+            pointers, there = _rows(queries, x * B, length, q_l, q_channels, DEPTH, B, D)
+            asked = tl.load(pointers, mask=there, other=0.)
+            pointers, there = _rows(grads, x * B, length, g_l, g_channels, VDEPTH, B, E)
+            grad = tl.load(pointers, mask=there, other=0.).to(asked.dtype)
+            asked_grad = tl.zeros([B, D], tl.float32)
+            for i in range(BLOCKS):
+                r = _embeddings(table, (i - x - 1) * B + length, length, DEPTH, B, D)
+                pointers, there = _rows(values, i * B, length, v_l, v_channels, VDEPTH, B, E)
+                known = tl.load(pointers, mask=there, other=0.)
+                known_grad = tl.dot(tl.trans(_logits(asked, r, B, PRECISION)), grad, input_precision=PRECISION)
+                logits_grad = tl.dot(grad, tl.trans(known), input_precision=PRECISION).to(asked.dtype)
+                products_grad = tl.where(met, tl.gather(logits_grad, neighbour, 1), 0.).to(asked.dtype)
+                asked_grad = tl.dot(products_grad, r, asked_grad, input_precision=PRECISION)
                 pointers, there = _rows(value_grads, i * B, length, dv_l, dv_channels, VDEPTH, B, E)
-                tl.store(pointers, known_grads[i].to(dv.dtype.element_ty), mask=there)
-        else:
-            for x in range(BLOCKS):
-                pointers, there = _rows(queries, x * B, length, q_l, q_channels, DEPTH, B, D)
-                asked = tl.load(pointers, mask=there, other=0.)
-                pointers, there = _rows(grads, x * B, length, g_l, g_channels, VDEPTH, B, E)
-                grad = tl.load(pointers, mask=there, other=0.).to(asked.dtype)
-                asked_grad = tl.zeros([B, D], tl.float32)
-                for i in range(BLOCKS):
-                    r = _embeddings(table, (i - x - 1) * B + length, length, DEPTH, B, D)
-                    pointers, there = _rows(values, i * B, length, v_l, v_channels, VDEPTH, B, E)
-                    known = tl.load(pointers, mask=there, other=0.)
-                    dk, dr, asked_grad = _block_gradients(asked, known, grad, r, asked_grad, B, PRECISION)
+                if BLOCKS == 1:
+                    found = tl.dot(tl.trans(products_grad), asked, found, input_precision=PRECISION)
+                    tl.store(pointers, known_grad.to(dv.dtype.element_ty), mask=there)
+                else:
+                    more = tl.dot(tl.trans(products_grad), asked, input_precision=PRECISION)
                     here = sums + (i - x + BLOCKS - 1) * (2 * B * D)
-                    tl.store(here, tl.load(here) + dr)
-                    pointers, there = _rows(value_grads, i * B, length, dv_l, dv_channels, VDEPTH, B, E)
-                    tl.store(pointers, tl.load(pointers, mask=there, other=0.) + dk, mask=there)
+                    tl.store(here, tl.load(here) + more)
+                    tl.store(pointers, tl.load(pointers, mask=there, other=0.) + known_grad, mask=there)
                     tl.debug_barrier()  # other threads may read what this one wrote
-                pointers, there = _rows(query_grads, x * B, length, dq_l, dq_channels, DEPTH, B, D)
-                tl.store(pointers, asked_grad.to(dq.dtype.element_ty), mask=there)
-    if BLOCKS <= 2:
-        for at in tl.static_range(2 * BLOCKS - 1):
-            tl.store(sums + at * (2 * B * D), found[at])
+            pointers, there = _rows(query_grads, x * B, length, dq_l, dq_channels, DEPTH, B, D)
+            tl.store(pointers, asked_grad.to(dq.dtype.element_ty), mask=there)
+    if BLOCKS == 1:
+        tl.store(sums, found)
 
 
 @triton.jit
@@ -491,14 +457,13 @@ def attend_backward(
     grad_query, grad_value = torch.empty_like(query), torch.empty_like(value)
     if lines == 0:
         return grad_query, grad_value, torch.zeros_like(table)
-    sizes = _line_sizes(query, value)
+    sizes = _line_sizes(query, value, 2 * _BLOCK)
     size, blocks = sizes['B'], sizes['BLOCKS']
-    sizes['num_warps'] = min(blocks, 2)  # one cannot hold the sums over two blocks
     each = triton.cdiv(lines, _PROGRAMS)
     programs = triton.cdiv(lines, each)
-    new = query.new_empty if blocks <= 2 else query.new_zeros
+    new = query.new_empty if blocks == 1 else query.new_zeros
     partial = new(programs, 2 * blocks - 1, 2 * size, sizes['D'], dtype=torch.float32)
-    value_sums = grad_value if blocks <= 2 else torch.zeros_like(value, dtype=torch.float32)
+    value_sums = grad_value if blocks == 1 else torch.zeros_like(value, dtype=torch.float32)
     with torch.cuda.device_of(query):
         _attend_backward[(programs,)](
             query, value, grad, table.contiguous(), grad_query, value_sums, partial,
@@ -515,7 +480,7 @@ def attend_backward(
     first = blocks * size - length  # of the table's rows
     return (
         grad_query,
-        grad_value if blocks <= 2 else grad_value.copy_(value_sums),
+        grad_value if blocks == 1 else grad_value.copy_(value_sums),
         grad_table[first:first + 2 * length - 1, :depth].to(table.dtype),
     )
 
@@ -677,13 +642,14 @@ def _precision(x: torch.Tensor) -> str:
     return 'tf32x3'  # three products of parts, as exact as float32, where its own multiplications would be unrolled
 
 
-def _line_sizes(query: torch.Tensor, value: torch.Tensor) -> dict[str, Any]:
+def _line_sizes(query: torch.Tensor, value: torch.Tensor, block: int = _BLOCK) -> dict[str, Any]:
     depth, value_depth, length = query.shape[2], value.shape[2], query.shape[3]
-    size = max(16, min(_BLOCK, triton.next_power_of_2(length)))
+    size = max(16, min(block, triton.next_power_of_2(length)))
     return dict(
         DEPTH=depth, D=max(16, triton.next_power_of_2(depth)),
         VDEPTH=value_depth, E=max(16, triton.next_power_of_2(value_depth)),
-        B=size, BLOCKS=triton.cdiv(length, size), PRECISION=_precision(query), num_warps=1,
+        B=size, BLOCKS=triton.cdiv(length, size), PRECISION=_precision(query),
+        num_warps=1 if size <= _BLOCK else 4,
     )
 
 

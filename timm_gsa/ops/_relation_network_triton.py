@@ -528,6 +528,11 @@ def _launch(
         kernel[grid](*tensors, *numbers, **constants, num_warps=warps, num_stages=1)
 
 
+def _innermost(*maps: torch.Tensor) -> list[torch.Tensor]:
+    """The same maps with channels innermost in memory: a copy of a small map costs less than to read it otherwise."""
+    return [x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last) for x in maps]
+
+
 def _empty_map(like: torch.Tensor, channels: int, height: int, width: int) -> torch.Tensor:
     return like.new_empty(len(like), height, width, channels).permute(0, 3, 1, 2)
 
@@ -571,6 +576,7 @@ def rectified_moments(
         Matrix (C + 1, C + 1), float64.
     """
     batch, channels, height, width = query.shape
+    query, padded = _innermost(query, padded)
     count, places = batch * height * width, kernel_size ** 2
     if count == 0:
         return query.new_zeros(channels + 1, channels + 1, dtype=torch.float64)
@@ -617,6 +623,7 @@ def difference_logits(
         Tensor of shape (B, G, K * K, H, W) of the type of weight2, groups innermost in memory, then places.
     """
     batch, channels, height, width = query.shape
+    query, padded = _innermost(query, padded)
     hidden, groups, count, places = len(folded), len(weight2), batch * height * width, kernel_size ** 2
     out = query.new_empty(batch, height, width, places, groups, dtype=weight2.dtype)
     if count > 0:
@@ -662,6 +669,7 @@ def difference_products(
         is applied to; gradient of bias2, (G,). All float32.
     """
     batch, channels, height, width = query.shape
+    query, padded = _innermost(query, padded)
     hidden, groups, count, places = len(folded), len(weight2), batch * height * width, kernel_size ** 2
     pieces = _pieces(channels + 1)
     p, warps = _tile(weight2.dtype, max(pieces['CB'], hidden), most=64)
@@ -711,6 +719,7 @@ def difference_input_gradients(
         Maps like query and padded, channels innermost in memory.
     """
     batch, channels, height, width = query.shape
+    query, padded = _innermost(query, padded)
     hidden, groups = len(folded), len(weight2)
     pieces = _pieces(channels)
     p, warps = _tile(weight2.dtype, max(pieces['CB'], hidden), most=64)
@@ -762,6 +771,7 @@ def patch_hidden(
         Map of shape (B, M, H, W) of the type of the keys, channels innermost in memory.
     """
     batch, channels, height, width = _seen(padded, kernel_size, dilation)
+    [padded] = _innermost(padded)
     hidden, count = len(weight), batch * height * width
     out = _empty_map(padded, hidden, height, width)
     if count > 0:
@@ -806,6 +816,7 @@ def patch_gradients(
         Gradients of padded, of its type and with channels innermost in memory, and of scale, shift and weight, float32.
     """
     batch, channels, height, width = _seen(padded, kernel_size, dilation)
+    grad, padded = _innermost(grad, padded)
     hidden, count, places = len(weight), padded[:, 0].numel(), kernel_size ** 2
     grad_padded = _empty_map(padded, channels, *padded.shape[2:])
     scale, shift = (_by_place(x, channels, kernel_size, (0, 2, 1)).view(places, 1, channels) for x in (scale, shift))

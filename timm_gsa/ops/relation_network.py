@@ -267,8 +267,12 @@ def kernels_serve(dtype: torch.dtype, channels: int, hidden: int, groups: int | 
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _fits(device: torch.device, dtype: torch.dtype, channels: int, hidden: int, groups: int | None) -> bool:
+    return _has_memory(device, dtype, channels, hidden, groups)
+
+
+@functools.cache
+def _has_memory(device: torch.device, dtype: torch.dtype, channels: int, hidden: int, groups: int | None) -> bool:
     """Whether a multiprocessor has the shared memory that the kernels take."""
     if not torch.cuda.is_available():  # traced for a device elsewhere
         return True
