@@ -33,7 +33,7 @@ import triton.language as tl
 
 __all__ = ['attend', 'attend_backward', 'content', 'content_backward', 'fused', 'gather', 'gather_backward']
 
-_BLOCK = 32  # positions of a line at a time, at most; twice as many in a backward pass
+_BLOCK = 32  # positions of a line at a time, at most
 _TILE = 64  # the same where heads are narrow
 _EACH = 4  # lines of a program in a forward pass
 _PROGRAMS = 1024  # that share the lines of a batch in a backward pass
@@ -104,8 +104,8 @@ def _attend(
             for i_block in range(BLOCKS):
                 i = i_block * B
                 r = _embeddings(table, i - x - B + length, length, DEPTH, B, D)
-                pointers, there = _rows(values, i, length, v_l, v_channels, VDEPTH, B, E)
-                known = tl.load(pointers, mask=there, other=0.)
+                from_, here = _rows(values, i, length, v_l, v_channels, VDEPTH, B, E)
+                known = tl.load(from_, mask=here, other=0.)
                 total = tl.dot(_logits(asked, r, B, PRECISION), known, total, input_precision=PRECISION)
             if CONTENT:
                 image = (line // (heads * across)).to(tl.int64)
@@ -155,21 +155,21 @@ def _attend_backward(
             asked_grad = tl.zeros([B, D], tl.float32)
             for i in range(BLOCKS):
                 r = _embeddings(table, (i - x - 1) * B + length, length, DEPTH, B, D)
-                pointers, there = _rows(values, i * B, length, v_l, v_channels, VDEPTH, B, E)
-                known = tl.load(pointers, mask=there, other=0.)
+                from_, here = _rows(values, i * B, length, v_l, v_channels, VDEPTH, B, E)
+                known = tl.load(from_, mask=here, other=0.)
                 known_grad = tl.dot(tl.trans(_logits(asked, r, B, PRECISION)), grad, input_precision=PRECISION)
                 logits_grad = tl.dot(grad, tl.trans(known), input_precision=PRECISION).to(asked.dtype)
                 products_grad = tl.where(met, tl.gather(logits_grad, neighbour, 1), 0.).to(asked.dtype)
                 asked_grad = tl.dot(products_grad, r, asked_grad, input_precision=PRECISION)
-                pointers, there = _rows(value_grads, i * B, length, dv_l, dv_channels, VDEPTH, B, E)
+                to, here = _rows(value_grads, i * B, length, dv_l, dv_channels, VDEPTH, B, E)
                 if BLOCKS == 1:
                     found = tl.dot(tl.trans(products_grad), asked, found, input_precision=PRECISION)
-                    tl.store(pointers, known_grad.to(dv.dtype.element_ty), mask=there)
+                    tl.store(to, known_grad.to(dv.dtype.element_ty), mask=here)
                 else:
                     more = tl.dot(tl.trans(products_grad), asked, input_precision=PRECISION)
-                    here = sums + (i - x + BLOCKS - 1) * (2 * B * D)
-                    tl.store(here, tl.load(here) + more)
-                    tl.store(pointers, tl.load(pointers, mask=there, other=0.) + known_grad, mask=there)
+                    kept = sums + (i - x + BLOCKS - 1) * (2 * B * D)
+                    tl.store(kept, tl.load(kept) + more)
+                    tl.store(to, tl.load(to, mask=here, other=0.) + known_grad, mask=here)
                     tl.debug_barrier()  # other threads may read what this one wrote
             pointers, there = _rows(query_grads, x * B, length, dq_l, dq_channels, DEPTH, B, D)
             tl.store(pointers, asked_grad.to(dq.dtype.element_ty), mask=there)
@@ -457,7 +457,9 @@ def attend_backward(
     grad_query, grad_value = torch.empty_like(query), torch.empty_like(value)
     if lines == 0:
         return grad_query, grad_value, torch.zeros_like(table)
-    sizes = _line_sizes(query, value, 2 * _BLOCK)
+    # One block of 64 where shared memory of any device holds it, as sums over several go through memory.
+    twice = query.dtype != torch.float32 and max(depth, value.shape[2]) <= 16
+    sizes = _line_sizes(query, value, 2 * _BLOCK if twice else _BLOCK)
     size, blocks = sizes['B'], sizes['BLOCKS']
     each = triton.cdiv(lines, _PROGRAMS)
     programs = triton.cdiv(lines, each)
@@ -578,7 +580,7 @@ def _is_narrow(query: torch.Tensor, value: torch.Tensor) -> bool:
     multiply-adds, but in products of which one side is the same for all lines, with nothing to be picked from logits.
     """
     depth, length = value.shape[2], query.shape[3]
-    return length > 32 and query.shape[2] <= 8 and depth == 8
+    return length > _BLOCK and query.shape[2] <= 8 and depth == 8 and query.dtype != torch.float32
 
 
 def _embedding(table: torch.Tensor, length: int) -> torch.Tensor:

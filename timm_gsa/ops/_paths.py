@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 __all__ = [
+    'WIDEST_HEAD',
     'compiled_for_cpu',
     'differentiable_gradients',
     'eager_on_cpu',
@@ -19,6 +20,8 @@ __all__ = [
     'triton_multiplies',
     'triton_serves',
 ]
+
+WIDEST_HEAD = 64  # channels that Triton kernels of heads keep on the chip, of any type and on any device they serve
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

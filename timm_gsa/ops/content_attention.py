@@ -4,7 +4,7 @@ Source: Shen et al., "Global Self-Attention Networks for Image Recognition", arX
 """
 import torch
 
-from ._paths import compiled_for_cpu, eager_on_cpu, register_gradients, triton_multiplies
+from ._paths import WIDEST_HEAD, compiled_for_cpu, eager_on_cpu, register_gradients, triton_multiplies
 
 __all__ = ['content_attention', 'content_attention_reference']
 
@@ -53,7 +53,7 @@ def _normalised_key(key: torch.Tensor) -> torch.Tensor:
 @torch.jit.unused
 def _triton_attends(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether Triton kernels compute it, which keep a head's context in registers."""
-    return triton_multiplies(query, key, value) and query.shape == value.shape and value.shape[2] <= 128
+    return triton_multiplies(query, key, value) and query.shape == value.shape and value.shape[2] <= WIDEST_HEAD
 
 
 @torch.library.custom_op('timm_gsa::content_attention', mutates_args=(), device_types='cpu')

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from ._axial import gather, image_blocks, room, unfolded
 from ._paths import (
+    WIDEST_HEAD,
     compiled_for_cpu,
     eager_on_cpu,
     is_known_to_hold,
@@ -58,7 +59,7 @@ def global_attention(
     tensors = [each for each in (x, weight, bias, table_h, table_w, scale, shift) if each is not None]
     if (eager_on_cpu(*tensors) or compiled_for_cpu(*tensors)) and not records_gradients(*tensors):
         return _image_by_image(x, weight, bias, table_h, table_w, scale, shift, stride)
-    by_triton = triton_serves(*tensors) and x.dtype != torch.float64 and table_h.shape[1] <= 128
+    by_triton = triton_serves(*tensors) and x.dtype != torch.float64 and table_h.shape[1] <= WIDEST_HEAD
     if by_triton and not records_gradients(*tensors):
         query, key, value = _projected(x, weight, bias, table_h.shape[1])
         tables = table_h.to(query.dtype), table_w.to(query.dtype)  # autocast chooses the type of the projection
@@ -118,7 +119,7 @@ def _triton_attends(
         column: torch.Tensor,
         table: torch.Tensor,
 ) -> bool:
-    alike = query.shape == value.shape and value.shape[2] <= 128 and table.shape[0] == 2 * query.shape[-1] - 1
+    alike = query.shape == value.shape and value.shape[2] <= WIDEST_HEAD and table.shape[0] == 2 * query.shape[-1] - 1
     return alike and triton_multiplies(query, key, value, column, table)
 
 

@@ -17,7 +17,14 @@ from ._axial import (
     room,
     unfolded,
 )
-from ._paths import compiled_for_cpu, eager_on_cpu, is_known_to_hold, register_gradients, triton_multiplies
+from ._paths import (
+    WIDEST_HEAD,
+    compiled_for_cpu,
+    eager_on_cpu,
+    is_known_to_hold,
+    register_gradients,
+    triton_multiplies,
+)
 
 __all__ = ['column_attention', 'column_attention_reference', 'resize_relative_table', 'row_attention']
 
@@ -129,7 +136,7 @@ def _large(query: torch.Tensor) -> bool:
 @torch.jit.unused
 def _triton_attends(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> bool:
     """Whether Triton kernels compute it, which keep a head's channels in registers."""
-    return triton_multiplies(query, value, table) and max(query.shape[2], value.shape[2]) <= 128
+    return triton_multiplies(query, value, table) and max(query.shape[2], value.shape[2]) <= WIDEST_HEAD
 
 
 @torch.library.custom_op('timm_gsa::column_attention', mutates_args=(), device_types='cpu')
