@@ -651,7 +651,7 @@ def _line_sizes(query: torch.Tensor, value: torch.Tensor, block: int = _BLOCK) -
         DEPTH=depth, D=max(16, triton.next_power_of_2(depth)),
         VDEPTH=value_depth, E=max(16, triton.next_power_of_2(value_depth)),
         B=size, BLOCKS=triton.cdiv(length, size), PRECISION=_precision(query),
-        num_warps=1 if size <= _BLOCK else 4,
+        num_warps=4 if size > _BLOCK or (length > _BLOCK and max(depth, value_depth) > 16) else 1,
     )
 
 
