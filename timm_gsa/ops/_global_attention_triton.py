@@ -598,7 +598,7 @@ def _tile_sizes(query: torch.Tensor, value: torch.Tensor) -> dict[str, Any]:
     lines = 128 // depth
     return dict(
         DEPTH=query.shape[2], E=depth, B=_TILE, BLOCKS=triton.cdiv(query.shape[3], _TILE), LINES=lines,
-        HEADS=math.gcd(lines, heads), PRECISION=_precision(query), num_warps=4,
+        HEADS=math.gcd(lines, heads), PRECISION=_precision(), num_warps=4,
     )
 
 
@@ -637,11 +637,9 @@ def _extent(x: torch.Tensor) -> tuple[int, int, int]:
     return x.shape[1], x.shape[3] * x.shape[4], x.shape[4]
 
 
-def _precision(x: torch.Tensor) -> str:
-    """How products are taken; of half precision they are always exact."""
-    if x.dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32:
-        return 'tf32'
-    return 'tf32x3'  # three products of parts, as exact as float32, where its own multiplications would be unrolled
+def _precision() -> str:
+    """How factors of products are rounded; those of half precision are exact in any case."""
+    return 'tf32' if torch.backends.cuda.matmul.allow_tf32 else 'ieee'
 
 
 def _line_sizes(query: torch.Tensor, value: torch.Tensor, block: int = _BLOCK) -> dict[str, Any]:
@@ -650,7 +648,7 @@ def _line_sizes(query: torch.Tensor, value: torch.Tensor, block: int = _BLOCK) -
     return dict(
         DEPTH=depth, D=max(16, triton.next_power_of_2(depth)),
         VDEPTH=value_depth, E=max(16, triton.next_power_of_2(value_depth)),
-        B=size, BLOCKS=triton.cdiv(length, size), PRECISION=_precision(query),
+        B=size, BLOCKS=triton.cdiv(length, size), PRECISION=_precision(),
         num_warps=4 if size > _BLOCK or (length > _BLOCK and max(depth, value_depth) > 16) else 1,
     )
 
@@ -660,7 +658,7 @@ def _head_sizes(x: torch.Tensor) -> dict[str, Any]:
     used = max(1, 16 // depth) * depth  # channels of whole heads
     return dict(
         DEPTH=depth, USED=used, C=max(16, triton.next_power_of_2(used)), P=128 if used <= 32 else 64,
-        PRECISION=_precision(x), num_warps=4 if used <= 64 else 8,
+        PRECISION=_precision(), num_warps=4 if used <= 64 else 8,
     )
 
 
