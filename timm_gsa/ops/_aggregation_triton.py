@@ -308,8 +308,12 @@ def _tiles(kernel: Any, last: bool, groups: int, sharing: int, width: int, items
     if kernel is _weight_grad:
         return [{'T': t, 'N': threads, 'E': e} for t in ((2, 1) if last else (4, 2))]
     share = min(sharing, _MOST_SHARING)
+    if last:
+        sizes = ((4, 2), (2, 4)) if e > 2 else ((2, 1), (2, 4))
+    else:
+        sizes = ((4, share), (2, share))
     tiles = []
-    for t, r in ((4, 2), (2, 4)) if last else ((4, share), (2, share)):
+    for t, r in sizes:
         lanes = triton.next_power_of_2(triton.cdiv(share, r))
         tile = {'T': t, 'N': max(threads // lanes, 1), 'E': e, 'R': triton.cdiv(share, lanes), 'L': lanes}
         tiles.append(tile | ({'REST': (width - 1) % t + 1} if kernel is _value_grad else {}))
