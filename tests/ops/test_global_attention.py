@@ -2,7 +2,14 @@
 import pytest
 import torch
 
-from timm_gsa.ops import global_attention, global_attention_reference
+from timm_gsa.ops import (
+    content_and_row_attention,
+    content_attention,
+    global_attention,
+    global_attention_reference,
+    row_attention,
+)
+from timm_gsa.ops.global_attention import _HalvedPairs, halved
 
 from ..gradients import outputs_and_gradients
 
@@ -82,3 +89,25 @@ def test_compiled_code_takes_a_batch_without_images(requires_grad):
     if requires_grad:
         out.sum().backward()
         assert all(x.grad is not None and x.grad.shape == x.shape and not x.grad.any() for x in tensors)
+
+
+def test_takes_half_precision_with_an_affine_map_of_float32():
+    *half, scale, shift = inputs(5, 4, dtype=torch.float32)
+    out = global_attention(*(x.bfloat16() for x in half), scale, shift)
+    assert out.dtype == torch.bfloat16
+    expected = global_attention_reference(*half, scale, shift)
+    assert (out - expected).norm() < 0.05 * expected.norm()
+
+
+def test_content_and_row_are_the_sum_of_both():
+    query, key, value, column = torch.randn(4, 2, 3, 4, 5, 6, dtype=torch.float64)
+    table = torch.randn(11, 4, dtype=torch.float64)
+    expected = content_attention(query, key, value) + row_attention(query, column, table)
+    torch.testing.assert_close(content_and_row_attention(query, key, value, column, table), expected)
+
+
+def test_pairs_of_a_gpu_are_halved_as_by_the_pool():
+    x = torch.randn(2, 3, 6, 8, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(_HalvedPairs.apply(x), halved(x))
+    torch.autograd.gradcheck(_HalvedPairs.apply, x)
+    torch.autograd.gradgradcheck(_HalvedPairs.apply, x)

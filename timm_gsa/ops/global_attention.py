@@ -81,7 +81,7 @@ def global_attention_reference(
     """The same as `global_attention` by the operations it consists of."""
     query, key, value = _projected(x, weight, bias, table_h.shape[1])
     column = column_attention(query, value, table_h).reshape(x.shape)
-    normed = (column * scale[:, None, None] + shift[:, None, None]).reshape(value.shape)
+    normed = (column * scale[:, None, None] + shift[:, None, None]).to(value.dtype).reshape(value.shape)
     out = content_and_row_attention(query, key, value, normed, table_w).reshape(x.shape)
     return halved(out) if stride == 2 else out
 
