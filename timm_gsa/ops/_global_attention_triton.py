@@ -435,10 +435,9 @@ def attend(
                 V_UNIT=_is_unit(value), O_UNIT=_is_unit(out), **sizes, **branches,
             )
             return out
-        each = _EACH
-        _attend[(triton.cdiv(lines, each),)](
+        _attend[(triton.cdiv(lines, _EACH),)](
             query, value, table.contiguous(), summed, scale, shift, out,
-            lines, each, heads, across, length, *query.stride(), *value.stride(), *out.stride(),
+            lines, _EACH, heads, across, length, *query.stride(), *value.stride(), *out.stride(),
             Q_UNIT=_is_unit(query), V_UNIT=_is_unit(value), O_UNIT=_is_unit(out),
             **_line_sizes(query, value), **branches,
         )
