@@ -4,17 +4,13 @@ Triton decides at its import whether it interprets, so what is in `TestKernels` 
 `test_in_the_interpreter`. The interpreter takes about a second for the smallest map; hence their sizes.
 """
 import importlib
-import importlib.metadata
 import importlib.util
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -24,34 +20,20 @@ from timm_gsa.layers import PairwiseAttention, PatchwiseAttention
 from timm_gsa.ops import aggregation, aggregation_reference
 
 from .test_aggregation import with_gradients
+from .triton_runs import (
+    INTERPRETED,
+    Interpreted,
+    needs_cuda,
+    needs_interpreter,
+    needs_triton,
+    run_interpreted,
+    spilled,
+)
 
 chooser = importlib.import_module("timm_gsa.ops.aggregation")  # the module, which the function hides
 
 
-def why_not() -> str | None:
-    """Why the kernels cannot be compiled here."""
-    if importlib.util.find_spec("triton") is None:
-        return "needs Triton"
-    if torch.__version__ < "2.8":
-        return f"needs torch 2.8 and the Triton that came with it, got torch {torch.__version__}"
-    return None
-
-
-def why_not_interpreted() -> str | None:
-    """Why the kernels cannot run here in Triton's interpreter."""
-    if why_not() is not None:
-        return why_not()
-    version = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
-    if version < (3, 7) and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
-        return "the interpreter of Triton before 3.7 needs NumPy before 2.4"
-    return None
-
-
 IMPORTED = "timm_gsa.ops._aggregation_triton" in sys.modules  # before any test ran
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-needs_triton = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-needs_interpreter = pytest.mark.skipif(why_not_interpreted() is not None, reason=str(why_not_interpreted()))
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="needs a CUDA device")
 FIRST = ("first", "first inside", "permuted", "expanded")
 WEIGHTS = {  # axes of (B, G, K * K, H, W) from the outermost in memory to the innermost
     "gkp": (0, 1, 2, 3, 4),
@@ -346,14 +328,8 @@ def test_compiled_for_a_gpu_each_keeps_its_sums_in_registers_and_reads_16_bytes_
         if access is not None:
             assert accesses == {access}
             assert program.metadata.shared == 0  # no detour between layouts
-        binary = tmp_path / f"{number}.cubin"
-        binary.write_bytes(program.asm["cubin"])
-        told = subprocess.run(
-            [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(binary)],
-            capture_output=True, text=True, check=True,
-        ).stdout
-        stack, local = re.search(r"STACK:(\d+) .*LOCAL:(\d+) ", told).groups()
-        assert int(stack) <= 32 and int(local) == 0, told  # at most 8 registers are spilled, those set before the loops
+        stack, local, told = spilled(program, tmp_path / f"{number}.cubin")
+        assert stack <= 32 and local == 0, told  # at most 8 registers are spilled, those set before the loops
 
 
 # What they compute
@@ -363,27 +339,11 @@ def test_compiled_for_a_gpu_each_keeps_its_sums_in_registers_and_reads_16_bytes_
 @needs_interpreter
 @pytest.mark.skipif(INTERPRETED, reason="would start itself")
 def test_in_the_interpreter() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::TestKernels"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    run_interpreted(__file__)
 
 
-class TestKernels:
+class TestKernels(Interpreted):
     """On CPU tensors, in Triton's interpreter."""
-
-    __test__ = INTERPRETED
-
-    @pytest.fixture(autouse=True)
-    def poisoned(self) -> Iterator[None]:
-        """Memory that nothing was written to holds NaN."""
-        torch.use_deterministic_algorithms(True)
-        yield
-        torch.use_deterministic_algorithms(False)
 
     @pytest.fixture
     def kernels(self) -> Any:

@@ -3,11 +3,7 @@
 As with the aggregation, what is in `TestKernels` runs in a process of its own, started by `test_in_the_interpreter`.
 """
 import importlib
-import os
 import re
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +16,15 @@ from timm_gsa.ops.content_attention import _content_attention as plain_content
 from timm_gsa.ops.global_attention import _plain_gather as plain_gather
 from timm_gsa.ops.position_attention import _column_attention as plain_column
 
-from .test_aggregation_triton import INTERPRETED, needs_cuda, needs_interpreter, needs_triton
+from .triton_runs import (
+    INTERPRETED,
+    Interpreted,
+    needs_cuda,
+    needs_interpreter,
+    needs_triton,
+    run_interpreted,
+    spilled,
+)
 
 paths = importlib.import_module("timm_gsa.ops._paths")
 KERNELS = "timm_gsa.ops._global_attention_triton"
@@ -230,14 +234,8 @@ def test_compiled_for_a_gpu_they_keep_what_they_need_in_registers(
     for name, program in compiled.items():
         if name != "_unfold":
             assert re.search(r"ld\.global\S*\.v4\.b32|cp\.async\S* .*, 0x10", program.asm["ptx"]), name
-        binary = tmp_path / f"{name}.cubin"
-        binary.write_bytes(program.asm["cubin"])
-        told = subprocess.run(
-            [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(binary)],
-            capture_output=True, text=True, check=True,
-        ).stdout
-        stack, local = re.search(r"STACK:(\d+) .*LOCAL:(\d+) ", told).groups()
-        assert int(stack) <= 64 and int(local) == 0, (name, told)
+        stack, local, told = spilled(program, tmp_path / f"{name}.cubin")
+        assert stack <= 64 and local == 0, (name, told)
 
 
 # What they compute
@@ -247,27 +245,11 @@ def test_compiled_for_a_gpu_they_keep_what_they_need_in_registers(
 @needs_interpreter
 @pytest.mark.skipif(INTERPRETED, reason="would start itself")
 def test_in_the_interpreter() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::TestKernels"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    run_interpreted(__file__)
 
 
-class TestKernels:
+class TestKernels(Interpreted):
     """On CPU tensors, in Triton's interpreter, whose matrix products do not take bfloat16."""
-
-    __test__ = INTERPRETED
-
-    @pytest.fixture(autouse=True)
-    def poisoned(self) -> Iterator[None]:
-        """Memory that nothing was written to holds NaN."""
-        torch.use_deterministic_algorithms(True)
-        yield
-        torch.use_deterministic_algorithms(False)
 
     @pytest.mark.parametrize("arguments", CASES)
     def test_agree_with_the_plain_forms(self, arguments: tuple[Any, ...]) -> None:

@@ -4,11 +4,6 @@ Triton decides at its import whether it interprets, so what is in `TestKernels` 
 `test_in_the_interpreter`.
 """
 import importlib
-import os
-import re
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +13,16 @@ import torch
 from timm_gsa.ops.neighbourhood import reflect_pad, same_padding, windows
 from timm_gsa.ops.relation_network import _folded, _plain_difference_network, _plain_patch_hidden
 
-from .test_aggregation_triton import INTERPRETED, laid, needs_cuda, needs_interpreter, needs_triton
+from .test_aggregation_triton import laid
+from .triton_runs import (
+    INTERPRETED,
+    Interpreted,
+    needs_cuda,
+    needs_interpreter,
+    needs_triton,
+    run_interpreted,
+    spilled,
+)
 
 PAIRWISE = [(112, 3, 6, 4, 2), (56, 7, 18, 16, 8), (28, 7, 34, 32, 16), (14, 7, 66, 64, 32), (7, 7, 130, 128, 64)]
 PATCHWISE = [(112, 3, 4, 2), (56, 7, 16, 8), (28, 7, 32, 16), (14, 7, 64, 32), (7, 7, 128, 64)]
@@ -161,7 +165,7 @@ class Compiler:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.told: list[str] = []
+        self.spilled: list[tuple[int, int, str]] = []
         self.shared: list[int] = []
 
     def __call__(
@@ -188,13 +192,7 @@ class Compiler:
         aligned = {(n,): [["tt.divisibility", 16]] for n in range(len(tensors))}
         source = ASTSource(kernel, signature, constants, aligned)
         program = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": warps, "num_stages": 1})
-        binary = self.folder / f"{len(self.told)}.cubin"
-        binary.write_bytes(program.asm["cubin"])
-        told = subprocess.run(
-            [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(binary)],
-            capture_output=True, text=True, check=True,
-        ).stdout
-        self.told.append(told)
+        self.spilled.append(spilled(program, self.folder / f"{len(self.spilled)}.cubin"))
         self.shared.append(program.metadata.shared)
 
 
@@ -213,10 +211,9 @@ def test_compiled_for_a_gpu_they_keep_their_sums_in_registers(kernels: Any, comp
     window, dtype = (7, 1), torch.bfloat16
     by_difference_functions(kernels, difference_case((8, 9), *window, channels, 16, 8, dtype=dtype), *window)
     by_patch_functions(kernels, patch_case((8, 9), *window, 16, 8, dtype=dtype), *window)
-    assert len(compiler.told) == 10
-    for told in compiler.told:
-        stack, local = re.search(r"STACK:(\d+) .*LOCAL:(\d+) ", told).groups()
-        assert int(stack) <= 32 and int(local) == 0, told  # at most 8 registers are spilled
+    assert len(compiler.spilled) == 10
+    for stack, local, told in compiler.spilled:
+        assert stack <= 32 and local == 0, told  # at most 8 registers are spilled
 
 
 @needs_triton
@@ -254,27 +251,11 @@ def test_shared_memory_is_what_they_say(
 @needs_interpreter
 @pytest.mark.skipif(INTERPRETED, reason="would start itself")
 def test_in_the_interpreter() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::TestKernels"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    run_interpreted(__file__)
 
 
-class TestKernels:
+class TestKernels(Interpreted):
     """On CPU tensors, in Triton's interpreter."""
-
-    __test__ = INTERPRETED
-
-    @pytest.fixture(autouse=True)
-    def poisoned(self) -> Iterator[None]:
-        """Memory that nothing was written to holds NaN."""
-        torch.use_deterministic_algorithms(True)
-        yield
-        torch.use_deterministic_algorithms(False)
 
     @pytest.mark.parametrize(("size", "kernel_size", "dilation", "channels", "hidden", "groups", "layout"), SHAPES)
     def test_differences(

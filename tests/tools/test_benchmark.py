@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import timm_gsa.layers.san_attention as san_attention
 
-from ..ops.test_aggregation_triton import needs_cuda, needs_triton
+from ..ops.triton_runs import needs_cuda, needs_triton
 
 CPU = torch.device('cpu')
 

@@ -1,5 +1,6 @@
 """When an operation may take a path that writes into buffers of its own."""
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,8 @@ __all__ = [
     'is_known_to_hold',
     'records_gradients',
     'register_gradients',
-    'triton_multiplies',
+    'register_triton',
+    'triton_attends',
     'triton_serves',
 ]
 
@@ -86,10 +88,14 @@ def triton_serves(*tensors: torch.Tensor) -> bool:
     )
 
 
-def triton_multiplies(*tensors: torch.Tensor) -> bool:
-    """Whether `triton_serves`, and they are of one type that its matrix products take."""
+def triton_attends(*tensors: torch.Tensor) -> bool:
+    """Whether `triton_serves`, and maps of heads (B, heads, d, H, W) and tables are such as its kernels of GSA take."""
     dtype = tensors[0].dtype
-    return dtype != torch.float64 and all(x.dtype == dtype for x in tensors) and triton_serves(*tensors)
+    return (
+        dtype != torch.float64
+        and all(x.dtype == dtype and (x.dim() != 5 or x.shape[2] <= WIDEST_HEAD) for x in tensors)
+        and triton_serves(*tensors)
+    )
 
 
 @torch.compiler.assume_constant_result
@@ -160,8 +166,8 @@ def differentiable_gradients(
     return *(next(found) if x.requires_grad else None for x in tensors), *(None for _ in more)
 
 
-def register_gradients(operator: Any, backward: Callable[..., Any], plain: Callable[..., torch.Tensor]) -> None:
-    """Give an operator of tensors its gradients by another operator, and theirs in turn by a plain form.
+def register_gradients(operator: Any, backward: Any, plain: Callable[..., torch.Tensor]) -> None:
+    """Give an operator of tensors its gradients by another operator, which are like them, and theirs by a plain form.
 
     Args:
         operator: From tensors to a tensor.
@@ -177,3 +183,13 @@ def register_gradients(operator: Any, backward: Callable[..., Any], plain: Calla
         return backward(grad, *ctx.saved_tensors)
 
     operator.register_autograd(gradients, setup_context=keep_inputs)
+    backward.register_fake(lambda grad, *inputs: tuple(map(torch.empty_like, inputs)))
+
+
+def register_triton(operator: Any, name: str) -> None:
+    """Let an operator be computed on a GPU by the function of this name in `_global_attention_triton`."""
+    def compute(*tensors: torch.Tensor) -> Any:
+        kernels = importlib.import_module('._global_attention_triton', __package__)  # imports Triton
+        return getattr(kernels, name)(*tensors)
+
+    operator.register_kernel('cuda')(compute)

@@ -4,7 +4,7 @@ Source: Shen et al., "Global Self-Attention Networks for Image Recognition", arX
 """
 import torch
 
-from ._paths import WIDEST_HEAD, compiled_for_cpu, eager_on_cpu, register_gradients, triton_multiplies
+from ._paths import compiled_for_cpu, eager_on_cpu, register_gradients, register_triton, triton_attends
 
 __all__ = ['content_attention', 'content_attention_reference']
 
@@ -27,7 +27,8 @@ def content_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     """
     if not torch.jit.is_scripting():
         tensors = query, key, value
-        if eager_on_cpu(*tensors) or compiled_for_cpu(*tensors) or _triton_attends(*tensors):
+        by_triton = query.shape == value.shape and triton_attends(*tensors)
+        if eager_on_cpu(*tensors) or compiled_for_cpu(*tensors) or by_triton:
             return _image_by_image(query, key, value)
     return _content_attention(query, key, value)
 
@@ -50,12 +51,6 @@ def _normalised_key(key: torch.Tensor) -> torch.Tensor:
     return key.flatten(3).softmax(-1, dtype=wide)
 
 
-@torch.jit.unused
-def _triton_attends(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether Triton kernels compute it, which keep a head's context in registers."""
-    return triton_multiplies(query, key, value) and query.shape == value.shape and value.shape[2] <= WIDEST_HEAD
-
-
 @torch.library.custom_op('timm_gsa::content_attention', mutates_args=(), device_types='cpu')
 def _image_by_image(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """`content_attention` image by image, so that all that lies between stays in the cache and no weights are kept.
@@ -67,13 +62,6 @@ def _image_by_image(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
         context = torch.bmm(value[image].flatten(2), key[image].flatten(2).softmax(-1).mT)
         _product(context, query[image].flatten(2), out[image])
     return out
-
-
-@_image_by_image.register_kernel('cuda')
-def _content(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    from ._global_attention_triton import content  # imports Triton
-
-    return content(query, key, value)
 
 
 @_image_by_image.register_fake
@@ -112,26 +100,6 @@ def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None
         out.copy_(torch.bmm(left, right).view(out.shape))
 
 
-@_image_by_image_backward.register_kernel('cuda')
-def _content_backward(
-        grad: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from ._global_attention_triton import content_backward  # imports Triton
-
-    return content_backward(grad, query, key, value)
-
-
-@_image_by_image_backward.register_fake
-def _like_inputs(
-        grad: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
 register_gradients(_image_by_image, _image_by_image_backward, _content_attention)
+register_triton(_image_by_image, 'content')
+register_triton(_image_by_image_backward, 'content_backward')

@@ -15,7 +15,7 @@ from ._paths import (
     is_known_to_hold,
     records_gradients,
     register_gradients,
-    triton_multiplies,
+    triton_attends,
     triton_serves,
 )
 from .content_attention import _content_attention, content_attention
@@ -106,21 +106,10 @@ def content_and_row_attention(
         Tensor of shape (B, heads, e, H, W).
     """
     if not torch.jit.is_scripting():
-        if _triton_attends(query, key, value, column, table):
+        fits = query.shape == value.shape and table.shape[0] == 2 * query.shape[-1] - 1
+        if fits and triton_attends(query, key, value, column, table):
             return _gather(query, key, value, column, table)
     return content_attention(query, key, value) + row_attention(query, column, table)
-
-
-@torch.jit.unused
-def _triton_attends(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        column: torch.Tensor,
-        table: torch.Tensor,
-) -> bool:
-    alike = query.shape == value.shape and value.shape[2] <= WIDEST_HEAD and table.shape[0] == 2 * query.shape[-1] - 1
-    return alike and triton_multiplies(query, key, value, column, table)
 
 
 def _projected(
@@ -289,15 +278,7 @@ def _fused(
 
 
 @_fused.register_fake
-def _like_value(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        table_h: torch.Tensor,
-        table_w: torch.Tensor,
-        scale: torch.Tensor,
-        shift: torch.Tensor,
-) -> torch.Tensor:
+def _like_value(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(value)
 
 
@@ -314,15 +295,7 @@ def _gather(
     return gather(query, key, value, column, table)
 
 
-@_gather.register_fake
-def _like_column(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        column: torch.Tensor,
-        table: torch.Tensor,
-) -> torch.Tensor:
-    return torch.empty_like(column)
+_gather.register_fake(_like_value)
 
 
 @torch.library.custom_op('timm_gsa::content_and_row_attention_backward', mutates_args=(), device_types='cuda')
@@ -337,20 +310,6 @@ def _gather_backward(
     from ._global_attention_triton import gather_backward  # imports Triton
 
     return gather_backward(grad, query, key, value, column, table)
-
-
-@_gather_backward.register_fake
-def _like_inputs(
-        grad: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        column: torch.Tensor,
-        table: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    query_grad, key_grad, value_grad, column_grad, table_grad = map(
-        torch.empty_like, (query, key, value, column, table))
-    return query_grad, key_grad, value_grad, column_grad, table_grad
 
 
 def _plain_gather(

@@ -18,12 +18,12 @@ from ._axial import (
     unfolded,
 )
 from ._paths import (
-    WIDEST_HEAD,
     compiled_for_cpu,
     eager_on_cpu,
     is_known_to_hold,
     register_gradients,
-    triton_multiplies,
+    register_triton,
+    triton_attends,
 )
 
 __all__ = ['column_attention', 'column_attention_reference', 'resize_relative_table', 'row_attention']
@@ -51,7 +51,7 @@ def column_attention(query: torch.Tensor, value: torch.Tensor, table: torch.Tens
     _check(query, table)
     if not torch.jit.is_scripting():
         tensors = query, value, table
-        if compiled_for_cpu(*tensors) or (eager_on_cpu(*tensors) and _large(query)) or _triton_attends(*tensors):
+        if compiled_for_cpu(*tensors) or (eager_on_cpu(*tensors) and _large(query)) or triton_attends(*tensors):
             return _blocked(query, value, table)
     return _column_attention(query, value, table)
 
@@ -133,12 +133,6 @@ def _large(query: torch.Tensor) -> bool:
     return height * height * width >= 2 ** 14
 
 
-@torch.jit.unused
-def _triton_attends(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> bool:
-    """Whether Triton kernels compute it, which keep a head's channels in registers."""
-    return triton_multiplies(query, value, table) and max(query.shape[2], value.shape[2]) <= WIDEST_HEAD
-
-
 @torch.library.custom_op('timm_gsa::column_attention', mutates_args=(), device_types='cpu')
 def _blocked(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """`column_attention` by blocks of logits, which the backward pass computes anew.
@@ -158,13 +152,6 @@ def _blocked(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> t
         columns = by_columns(value[images], values)
         from_columns(gather(by_rows(query[images], queries), embedding, columns, found, logits), out[images])
     return out
-
-
-@_blocked.register_kernel('cuda')
-def _attend(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    from ._global_attention_triton import attend  # imports Triton
-
-    return attend(query, value, table)
 
 
 @_blocked.register_fake
@@ -218,26 +205,6 @@ def _blocked_backward(
     return grad_query, grad_value, grad_table
 
 
-@_blocked_backward.register_kernel('cuda')
-def _attend_backward(
-        grad: torch.Tensor,
-        query: torch.Tensor,
-        value: torch.Tensor,
-        table: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from ._global_attention_triton import attend_backward  # imports Triton
-
-    return attend_backward(grad, query, value, table)
-
-
-@_blocked_backward.register_fake
-def _like_inputs(
-        grad: torch.Tensor,
-        query: torch.Tensor,
-        value: torch.Tensor,
-        table: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch.empty_like(query), torch.empty_like(value), torch.empty_like(table)
-
-
 register_gradients(_blocked, _blocked_backward, _column_attention)
+register_triton(_blocked, 'attend')
+register_triton(_blocked_backward, 'attend_backward')

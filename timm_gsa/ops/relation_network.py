@@ -326,7 +326,7 @@ def _normed_difference_network(
     weight1, scale and shift, for dy the gradient of what the norm gives. These matrices are float64.
 
     Returns:
-        Logits in the dtype of the query, by kernels with groups innermost in memory, then places; mean and variance,
+        Logits in the dtype of weight2, by kernels with groups innermost in memory, then places; mean and variance,
         (M,); moments of [a; 1], (C + 1, C + 1), zeros where no norm asks for them.
     """
     kernels, window = _kernels(query, weight1, weight2), (kernel_size, dilation)
