@@ -387,16 +387,20 @@ if __name__ == "__main__":
 def test_models_are_known_to_both_ranks_of_torchrun(installed, tmp_path):
     write(tmp_path, {"main.py": """
 import timm, torch, torch.distributed as dist
+
+def main():
+    torch.manual_seed(dist.get_rank())
+    model = timm.create_model("gsa_resnet_tiny")
+    model = torch.nn.parallel.DistributedDataParallel(model)
+    total = torch.cat([p.detach().flatten() for p in model.parameters()]).double().sum()
+    totals = [torch.zeros_like(total) for _ in range(2)]
+    dist.all_gather(totals, total)
+    assert totals[0] == totals[1] == total
+    with open(f"rank{dist.get_rank()}", "w") as file:
+        file.write(type(model.module).__name__)
+
 dist.init_process_group("gloo")
-torch.manual_seed(dist.get_rank())
-model = timm.create_model("gsa_resnet_tiny")
-model = torch.nn.parallel.DistributedDataParallel(model)
-total = torch.cat([p.detach().flatten() for p in model.parameters()]).double().sum()
-totals = [torch.zeros_like(total) for _ in range(2)]
-dist.all_gather(totals, total)
-assert totals[0] == totals[1] == total
-with open(f"rank{dist.get_rank()}", "w") as file:
-    file.write(type(model.module).__name__)
+main()  # leaves no model behind: it would keep gloo's threads alive into the interpreter's end, which may abort
 dist.destroy_process_group()
 """})
     launch = ("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2")
