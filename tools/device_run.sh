@@ -73,8 +73,9 @@ warm() {
 } >"$out/warm.txt" 2>"$out/warm.log" &
 workers=()
 "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
-step kernels 340 "$python" -m pytest -q -p no:cacheprovider -o addopts=--import-mode=importlib "${workers[@]}" -m gpu \
-    tests/ops tests/tools/test_benchmark.py
+# Verbose, so that what failed is known even if the time runs out.
+step kernels 340 "$python" -m pytest -v --tb=short -p no:cacheprovider -o addopts=--import-mode=importlib \
+    "${workers[@]}" -m gpu tests/ops tests/tools/test_benchmark.py
 wait
 "$python" -c 'import matplotlib' 2>/dev/null && plot=(--plot "$out/operations.png")
 figures operations 270 operations --only "${ONLY:-}"

@@ -5,7 +5,7 @@ equations were not readable for us; the form below is a reconstruction.
 """
 import torch
 
-from ._paths import eager_on_cpu
+from ._paths import compiled_for_cpu, eager_on_cpu, is_known_to_hold
 
 __all__ = ['gaussian_attention', 'gaussian_attention_reference', 'gaussian_weight']
 
@@ -47,19 +47,27 @@ def gaussian_attention(value: torch.Tensor, radius: torch.Tensor, dilation: int 
     Returns:
         Tensor of shape (B, C, H, W) and dtype of `value`.
     """
+    if not torch.jit.is_scripting():
+        if eager_on_cpu(value) or compiled_for_cpu(value):
+            return _on_cpu(value, radius, dilation)
     height, width = value.shape[-2:]
     rows = gaussian_weight(height, radius, dilation).to(value.dtype)
-    if not torch.jit.is_scripting():
-        if eager_on_cpu(value):
-            square = height == width  # not asked of a compiler, which would tie its code to the answer
-            columns = rows if square else gaussian_weight(width, radius, dilation).to(value.dtype)
-            if height * width <= 128:  # the map of all pairs is as small, and spares a product for each channel
-                return (value.flatten(2) @ torch.kron(rows, columns).t()).view(value.shape)
-            # As two calls, since matmul copies what it is given to have one product of it.
-            averaged = (value.reshape(-1, width) @ columns.t()).view(-1, height, width)
-            return torch.bmm(rows.expand(len(averaged), -1, -1), averaged).view(value.shape)
     columns = gaussian_weight(width, radius, dilation).to(value.dtype)
     return rows @ (value @ columns.t())
+
+
+def _on_cpu(value: torch.Tensor, radius: torch.Tensor, dilation: int) -> torch.Tensor:
+    """`gaussian_attention` without the copies by which matmul makes one product of many."""
+    height, width = value.shape[-2:]
+    square, small = height == width, height * width <= 128
+    if torch.compiler.is_compiling():  # not to tie its code to the answer
+        square, small = is_known_to_hold(square), is_known_to_hold(small)
+    rows = gaussian_weight(height, radius, dilation).to(value.dtype)
+    columns = rows if square else gaussian_weight(width, radius, dilation).to(value.dtype)
+    if small:  # the map of all pairs is as small, and spares a product for each channel
+        return (value.flatten(2) @ torch.kron(rows, columns).t()).view(value.shape)
+    averaged = (value.reshape(-1, width) @ columns.t()).view(-1, height, width)
+    return torch.bmm(rows.expand(averaged.shape[0], -1, -1), averaged).view(value.shape)
 
 
 def gaussian_attention_reference(value: torch.Tensor, radius: torch.Tensor, dilation: int = 1) -> torch.Tensor:
