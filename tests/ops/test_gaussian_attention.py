@@ -48,6 +48,16 @@ def test_equals_loops_over_positions(function, size, radius, dilation):
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize('dynamic', [False, True])
+def test_compiled_code_gives_the_same_at_every_size(dynamic):
+    compiled = torch.compile(gaussian_attention, backend='aot_eager', fullgraph=True, dynamic=dynamic)
+    for size in [(7, 7), (12, 12), (6, 9), (13, 11), (1, 130)]:  # maps of up to 128 positions have a form of their own
+        inputs = map_of(*size), radius_of(1.3)
+        ours = outputs_and_gradients(compiled, *inputs)
+        theirs = outputs_and_gradients(gaussian_attention_reference, *inputs)
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
 def test_separable_form_equals_the_dense_reference(dtype, tolerance):
     value, radius = map_of(13, 11).to(dtype), torch.tensor(1.3, dtype=dtype)
