@@ -129,6 +129,8 @@ def is_known_to_hold(condition: bool) -> bool:
     To ask for it itself would tie the program to the answer at the sizes it was made at; ONNX graphs would then be
     wrong at other sizes without an error.
     """
+    if not torch.compiler.is_compiling():
+        return condition
     if torch.compiler.is_dynamo_compiling() and not hasattr(torch.compiler, 'is_exporting'):
         return condition  # dynamo before torch 2.7 cannot ask the other question
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # takes long to import

@@ -59,12 +59,10 @@ def gaussian_attention(value: torch.Tensor, radius: torch.Tensor, dilation: int 
 def _on_cpu(value: torch.Tensor, radius: torch.Tensor, dilation: int) -> torch.Tensor:
     """`gaussian_attention` without the copies by which matmul makes one product of many."""
     height, width = value.shape[-2:]
-    square, small = height == width, height * width <= 128
-    if torch.compiler.is_compiling():  # not to tie its code to the answer
-        square, small = is_known_to_hold(square), is_known_to_hold(small)
     rows = gaussian_weight(height, radius, dilation).to(value.dtype)
+    square = is_known_to_hold(height == width)
     columns = rows if square else gaussian_weight(width, radius, dilation).to(value.dtype)
-    if small:  # the map of all pairs is as small, and spares a product for each channel
+    if is_known_to_hold(height * width <= 128):  # the map of all pairs is no larger, and spares products by channel
         return (value.flatten(2) @ torch.kron(rows, columns).t()).view(value.shape)
     averaged = (value.reshape(-1, width) @ columns.t()).view(-1, height, width)
     return torch.bmm(rows.expand(averaged.shape[0], -1, -1), averaged).view(value.shape)

@@ -101,8 +101,7 @@ def resize_relative_table(table: torch.Tensor, length: int) -> torch.Tensor:
 
 def _same(rows: int, new_rows: int) -> bool:
     if not torch.jit.is_scripting():
-        if torch.compiler.is_compiling():
-            return is_known_to_hold(rows == new_rows)
+        return is_known_to_hold(rows == new_rows)
     return rows == new_rows
 
 
