@@ -58,6 +58,22 @@ def test_compiled_code_gives_the_same_at_every_size(dynamic):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize('compiled', [False, True])
+@pytest.mark.parametrize('size', [(7, 7), (12, 12), (6, 9), (13, 11), (1, 130), (130, 1), (40, 33)])
+def test_channels_last_is_kept_and_gives_the_same(size, compiled):
+    torch._dynamo.reset()  # else sizes of other tests count towards the limit of graphs
+    value = map_of(*size).contiguous(memory_format=torch.channels_last)
+    ours = torch.compile(gaussian_attention, backend='aot_eager', fullgraph=True) if compiled else gaussian_attention
+    inputs = value, radius_of(1.3)
+    assert ours(*inputs).is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(
+        outputs_and_gradients(ours, *inputs),
+        outputs_and_gradients(gaussian_attention_reference, *inputs),
+        rtol=1e-10,
+        atol=1e-12,
+    )
+
+
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
 def test_separable_form_equals_the_dense_reference(dtype, tolerance):
     value, radius = map_of(13, 11).to(dtype), torch.tensor(1.3, dtype=dtype)

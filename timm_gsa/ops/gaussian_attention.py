@@ -58,10 +58,15 @@ def gaussian_attention(value: torch.Tensor, radius: torch.Tensor, dilation: int 
 
 def _on_cpu(value: torch.Tensor, radius: torch.Tensor, dilation: int) -> torch.Tensor:
     """`gaussian_attention` without the copies by which matmul makes one product of many."""
-    height, width = value.shape[-2:]
+    batch, channels, height, width = value.shape
     rows = gaussian_weight(height, radius, dilation).to(value.dtype)
     square = is_known_to_hold(height == width)
     columns = rows if square else gaussian_weight(width, radius, dilation).to(value.dtype)
+    if value.is_contiguous(memory_format=torch.channels_last) and not value.is_contiguous():
+        pixels = value.permute(0, 2, 3, 1)
+        averaged = torch.bmm(columns.expand(batch * height, -1, -1), pixels.reshape(-1, width, channels))
+        averaged = torch.bmm(rows.expand(batch, -1, -1), averaged.view(batch, height, -1))
+        return averaged.view(pixels.shape).permute(0, 3, 1, 2)
     if is_known_to_hold(height * width <= 128):  # the map of all pairs is no larger, and spares products by channel
         return (value.flatten(2) @ torch.kron(rows, columns).t()).view(value.shape)
     averaged = (value.reshape(-1, width) @ columns.t()).view(-1, height, width)
