@@ -157,9 +157,12 @@ def plain() -> Iterator[None]:
         context = value.flatten(3) @ key.flatten(3).softmax(-1).mT
         return (context @ query.flatten(3)).reshape(value.shape)
 
-    def content_and_row_attention(query: torch.Tensor, key: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
-        value, column, table = more
-        return content_attention(query, key, value) + row_attention_reference(query, column, table)
+    def content_and_row_attention(query: torch.Tensor, key: torch.Tensor, *more: Any) -> torch.Tensor:
+        value, column, table, stride = more
+        out = content_attention(query, key, value) + row_attention_reference(query, column, table)
+        if stride == 1:
+            return out
+        return F.avg_pool2d(out.flatten(1, 2), 2, ceil_mode=True, count_include_pad=False).unflatten(1, out.shape[1:3])
 
     with replaced(
         (san_attention, 'aggregation', ops.aggregation_reference),

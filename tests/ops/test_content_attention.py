@@ -68,6 +68,21 @@ def test_gradients_take_any_memory_layout():
     torch.testing.assert_close([out, *grad.split([3, 3, 4], dim=2)], expected)
 
 
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_takes_fewer_queries_than_keys(layout):
+    query, key, value = (
+        x.flatten(1, 2).contiguous(memory_format=layout).unflatten(1, x.shape[1:3]) for x in tensors(6, 4))
+    asked = query[..., :3, :2]
+    ours, theirs = (
+        outputs_and_gradients(f, asked, key, value) for f in (content_attention, content_attention_reference))
+    assert ours[0].shape == (*value.shape[:3], 3, 2)
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+    of_all = content_attention(query, key, value)
+    torch.testing.assert_close(ours[0], of_all[..., :3, :2])
+    torch.library.opcheck(
+        torch.ops.timm_gsa.content_attention.default, [x.detach().requires_grad_() for x in (asked, key, value)])
+
+
 def test_has_gradients_of_gradients():
     inputs = [x.requires_grad_() for x in tensors(3, 2)]
     assert torch.autograd.gradgradcheck(content_attention, inputs)

@@ -1,6 +1,7 @@
 """The GSA module in one operation, as inference on a CPU computes it, against the operations it consists of."""
 import pytest
 import torch
+import torch.nn.functional as F
 
 from timm_gsa.ops import (
     content_and_row_attention,
@@ -9,7 +10,8 @@ from timm_gsa.ops import (
     global_attention_reference,
     row_attention,
 )
-from timm_gsa.ops.global_attention import _HalvedPairs, halved
+from timm_gsa.ops.global_attention import halved
+from timm_gsa.ops.position_attention import halved_row_attention
 
 from ..gradients import outputs_and_gradients
 
@@ -99,15 +101,75 @@ def test_takes_half_precision_with_an_affine_map_of_float32():
     assert (out - expected).norm() < 0.05 * expected.norm()
 
 
-def test_content_and_row_are_the_sum_of_both():
-    query, key, value, column = torch.randn(4, 2, 3, 4, 5, 6, dtype=torch.float64)
-    table = torch.randn(11, 4, dtype=torch.float64)
-    expected = content_attention(query, key, value) + row_attention(query, column, table)
-    torch.testing.assert_close(content_and_row_attention(query, key, value, column, table), expected)
+def maps_of_heads(height, width, batch=3, heads=2, depth=3):
+    """Query, key, value and column, and a table for rows."""
+    maps = torch.randn(4, batch, heads, depth, height, width, dtype=torch.float64)
+    return *maps, torch.randn(2 * width - 1, depth, dtype=torch.float64)
 
 
-def test_pairs_of_a_gpu_are_halved_as_by_the_pool():
-    x = torch.randn(2, 3, 6, 8, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(_HalvedPairs.apply(x), halved(x))
-    torch.autograd.gradcheck(_HalvedPairs.apply, x)
-    torch.autograd.gradgradcheck(_HalvedPairs.apply, x)
+def sum_of_both(query, key, value, column, table, stride=1):
+    out = content_attention(query, key, value) + row_attention(query, column, table)
+    if stride == 2:
+        out = F.avg_pool2d(out.flatten(1, 2), 2, ceil_mode=True, count_include_pad=False).unflatten(1, out.shape[1:3])
+    return out
+
+
+@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize('depth', [3, 12])
+@pytest.mark.parametrize('height, width', [(1, 1), (6, 4), (28, 26), (8, 46), (2, 92), (27, 28), (28, 27), (60, 54)])
+def test_content_and_row_are_the_sum_of_both(height, width, depth, stride):
+    """Large even maps are halved before both."""
+    tensors = maps_of_heads(height, width, depth=depth)
+    ours, theirs = (
+        outputs_and_gradients(lambda *inputs, f=f: f(*inputs, stride), *tensors)
+        for f in (content_and_row_attention, sum_of_both))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_content_and_row_of_large_even_maps_keep_nothing_of_full_size_but_what_they_are_given():
+    tensors = [x.requires_grad_() for x in maps_of_heads(64, 64)]
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x) or x, lambda x: x):
+        content_and_row_attention(*tensors, 2)
+    given = {x.data_ptr() for x in tensors}
+    assert all(4 * x.numel() <= tensors[0].numel() for x in held if x.data_ptr() not in given)
+
+
+def test_content_and_row_of_large_even_maps_take_any_memory_layout():
+    *maps, table = maps_of_heads(28, 30)
+    innermost = [
+        x.flatten(1, 2).contiguous(memory_format=torch.channels_last).unflatten(1, x.shape[1:3]) for x in maps]
+    torch.testing.assert_close(
+        content_and_row_attention(*innermost, table, 2), content_and_row_attention(*maps, table, 2))
+
+
+def test_rows_of_halved_maps_are_a_sound_operator_with_gradients_of_gradients():
+    query, _, _, column, table = (x.requires_grad_() for x in maps_of_heads(6, 4, batch=2))
+    operator = torch.ops.timm_gsa.halved_column_attention.default
+    for layout in (torch.contiguous_format, torch.channels_last):
+        columns = [x.flatten(1, 2).contiguous(memory_format=layout).unflatten(1, x.shape[1:3]).mT.detach()
+                   for x in (query, column)]
+        torch.library.opcheck(operator, [*(x.requires_grad_() for x in columns), table])
+    assert torch.autograd.gradgradcheck(halved_row_attention, (query, column, table), fast_mode=True)
+
+
+@pytest.mark.parametrize('dynamic', [False, True])
+def test_content_and_row_compile_at_every_size(dynamic):
+    compiled = torch.compile(content_and_row_attention, backend='aot_eager', fullgraph=True, dynamic=dynamic)
+    for size in [(28, 30), (30, 28), (6, 4), (7, 9)]:
+        tensors = maps_of_heads(*size)
+        ours, theirs = (
+            outputs_and_gradients(lambda *inputs, f=f: f(*inputs, 2), *tensors) for f in (compiled, sum_of_both))
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('size', [(6, 8), (1, 1), (5, 8), (6, 7)])
+def test_maps_are_halved_as_by_the_pool(size, layout):
+    x = torch.randn(2, 3, *size, dtype=torch.float64).contiguous(memory_format=layout)
+    ours, theirs = (
+        outputs_and_gradients(f, x)
+        for f in (halved, lambda x: F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)))
+    torch.testing.assert_close(ours, theirs)
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(halved, x) and torch.autograd.gradgradcheck(halved, x)

@@ -155,21 +155,23 @@ class GlobalSelfAttention(nn.Module):
                 rel_w = resize_relative_table(self.rel_w, x.shape[-1])
                 return global_attention(
                     x, self.qkv.weight[:, :, 0, 0], self.qkv.bias, rel_h, rel_w, *affine, self.stride)
-        out = self._attend(x)
-        return halved(out) if self.stride == 2 else out
+        return self._attend(x)
 
     def _attend(self, x: torch.Tensor) -> torch.Tensor:
         parts = self.project(x)
         if self.rel_h is None or self.rel_w is None:
-            return content_attention(parts[0], parts[1], parts[2]).reshape(x.shape)
+            return self._halved(content_attention(parts[0], parts[1], parts[2]).flatten(1, 2))
         height, width = x.shape[-2:]
         query, value = parts[0], parts[-1]
         rel_h = resize_relative_table(self.rel_h, height).to(query.dtype)
         rel_w = resize_relative_table(self.rel_w, width).to(query.dtype)
         column = self.norm(column_attention(query, value, rel_h).reshape(x.shape)).reshape(value.shape)
         if self.branches == 'both':
-            return content_and_row_attention(query, parts[1], value, column, rel_w).reshape(x.shape)
-        return row_attention(query, column, rel_w).reshape(x.shape)
+            return content_and_row_attention(query, parts[1], value, column, rel_w, self.stride).flatten(1, 2)
+        return self._halved(row_attention(query, column, rel_w).flatten(1, 2))
+
+    def _halved(self, x: torch.Tensor) -> torch.Tensor:
+        return halved(x) if self.stride == 2 else x
 
     @torch.jit.unused
     def _affine_norm(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -17,44 +17,50 @@ __all__ = [
     'unfolded',
 ]
 
-# Logits that are computed at once: few enough for the cache, and enough for matrix products.
+# Logits that a core computes at once: few enough for its cache, and enough for matrix products.
 _BLOCK = 2 ** 18
 
 
-def unfolded(table: torch.Tensor, length: int) -> torch.Tensor:
-    """(2L - 1, d) embeddings of offsets as (L, d, L), [x, :, i] for the offset i - x."""
-    return table.unfold(0, length, 1).flip(0).contiguous()
+def unfolded(table: torch.Tensor, length: int, stride: int = 1) -> torch.Tensor:
+    """(2L - 1, d) embeddings of offsets as (L, d, L), [x, :, i] for the offset i - x.
+
+    With a stride, `stride` places ask as one of as many times the channels, and averages over the squares of that side
+    are gathered: (L / stride, stride * d, L).
+    """
+    embedding = table.unfold(0, length, 1).flip(0).contiguous()
+    return embedding if stride == 1 else embedding.view(length // stride, -1, length).div_(stride ** 2)
 
 
-def by_rows(query: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-    """(images, heads, d, H, W) copied to (H, n, d), in memory for as many numbers or more."""
-    return _copied(query.permute(3, 0, 1, 4, 2), memory).view(query.shape[3], -1, query.shape[2])
+def by_rows(query: torch.Tensor, memory: torch.Tensor, stride: int = 1) -> torch.Tensor:
+    """(images, heads, d, H, W) copied to (H / stride, n, stride * d), in memory for as many numbers or more."""
+    rows = query.unflatten(3, (-1, stride)).permute(3, 0, 1, 5, 4, 2)
+    return _copied(rows, memory).view(len(rows), -1, stride * query.shape[2])
 
 
-def by_columns(value: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-    """(images, heads, e, H, W) copied to (n, H, e), in memory for as many numbers or more."""
-    return _copied(value.permute(0, 1, 4, 3, 2), memory).view(-1, value.shape[3], value.shape[2])
+def by_columns(value: torch.Tensor, memory: torch.Tensor, stride: int = 1) -> torch.Tensor:
+    """(images, heads, e, H, W) copied to (n / stride, stride * H, e), in memory for as many numbers or more."""
+    return _copied(value.permute(0, 1, 4, 3, 2), memory).view(-1, stride * value.shape[3], value.shape[2])
 
 
 def _copied(x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
     return memory[:x.numel()].view(x.shape).copy_(x)
 
 
-def from_columns(columns: torch.Tensor, out: torch.Tensor) -> None:
-    """Write columns as `by_columns` lays them out, (n, H, e), into a map (images, heads, e, H, W)."""
-    turned = out.permute(0, 1, 4, 3, 2)
-    turned.copy_(columns.unflatten(0, turned.shape[:3]))
+def from_columns(columns: torch.Tensor, out: torch.Tensor, stride: int = 1) -> None:
+    """Write columns as `by_columns` lays them out into a map (images, heads, e, H, W)."""
+    turned = out.unflatten(4, (-1, stride)).permute(0, 1, 4, 5, 3, 2)
+    turned.copy_(columns.unflatten(1, (stride, -1)).unflatten(0, turned.shape[:3]))
 
 
 def image_blocks(batch: int, heads: int, height: int, width: int) -> list[slice]:
     """Images whose logits along a column are computed at once; at least one, and most in the first."""
-    images = max(1, _BLOCK // (heads * height * height * width))
+    images = max(1, _block() // (heads * height * height * width))
     return [slice(first, min(first + images, batch)) for first in range(0, batch, images)]
 
 
 def column_blocks(count: int, length: int) -> list[slice]:
     """Columns whose logits are computed at once, of so many of this length: blocks of nearly the same size."""
-    columns = -(-count // -(-count * length ** 2 // _BLOCK))
+    columns = -(-count // -(-count * length ** 2 // _block()))
     return [slice(first, min(first + columns, count)) for first in range(0, count, columns)]
 
 
@@ -63,7 +69,12 @@ def room(like: torch.Tensor, count: int, length: int) -> torch.Tensor:
 
     To be asked for once: a CPU may take longer to be given new memory than to compute what goes there.
     """
-    return like.new_empty(min(count, -(-_BLOCK // length ** 2)) * length ** 2)
+    return like.new_empty(min(count, -(-_block() // length ** 2)) * length ** 2)
+
+
+def _block() -> int:
+    """Logits that are computed at once, by all cores; in no more memory than eight of them ask for."""
+    return _BLOCK * min(torch.get_num_threads(), 8)
 
 
 def is_narrow(depth: int, length: int) -> bool:

@@ -18,12 +18,12 @@ def content_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     right to left: a d x d context matrix for each head, never an N x N map.
 
     Args:
-        query: Tensor of shape (B, heads, d, H, W).
+        query: Tensor of shape (B, heads, d, H', W'); H' is at most H, and W' at most W.
         key: Tensor of shape (B, heads, d, H, W).
         value: Tensor of shape (B, heads, e, H, W).
 
     Returns:
-        Tensor of shape (B, heads, e, H, W) and dtype of `value`.
+        Tensor of shape (B, heads, e, H', W') and dtype of `value`.
     """
     if not torch.jit.is_scripting():
         tensors = query, key, value
@@ -36,14 +36,15 @@ def content_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
 def content_attention_reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """The same as `content_attention` through the N x N map of weights from every position to every other."""
     attention = torch.einsum('bhkn,bhkm->bhnm', query.flatten(3), _normalised_key(key).to(query.dtype))
-    return torch.einsum('bhnm,bhem->bhen', attention, value.flatten(3)).reshape(value.shape)
+    out = torch.einsum('bhnm,bhem->bhen', attention, value.flatten(3))
+    return out.unflatten(-1, query.shape[3:])
 
 
 def _content_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """`content_attention` by operations that every compiler and exporter takes, for all images at once."""
     weight = _normalised_key(key).to(value.dtype)
     context = value.flatten(3) @ weight.transpose(-1, -2)
-    return (context @ query.flatten(3)).view(value.shape)
+    return (context @ query.flatten(3)).unflatten(-1, query.shape[3:])
 
 
 def _normalised_key(key: torch.Tensor) -> torch.Tensor:
@@ -57,16 +58,16 @@ def _image_by_image(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
 
     An operator, as otherwise slices of a common projection, whose images are not adjacent, would be copied.
     """
-    out = torch.empty_like(value)
+    out = _like_part_of_value(query, key, value)
     for image in range(len(value)):
-        context = torch.bmm(value[image].flatten(2), key[image].flatten(2).softmax(-1).mT)
+        context = torch.bmm(value[image].flatten(2), _weight(key[image].flatten(2)).mT)
         _product(context, query[image].flatten(2), out[image])
     return out
 
 
 @_image_by_image.register_fake
-def _like_value(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(value)
+def _like_part_of_value(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(value[..., :query.shape[-2], :query.shape[-1]])
 
 
 @torch.library.custom_op('timm_gsa::content_attention_backward', mutates_args=(), device_types='cpu')
@@ -80,16 +81,21 @@ def _image_by_image_backward(
     for image in range(len(value)):
         g, q, k, v = (x[image].flatten(2) for x in (grad, query, key, value))
         grad_query, grad_key, grad_value = (x[image] for x in grads)
-        weight = k.softmax(-1)
+        weight = _weight(k)
         context = torch.bmm(v, weight.mT)
         grad_context = torch.bmm(g, q.mT)
         _product(context.mT, g, grad_query)
         _product(grad_context, weight, grad_value)
-        grad_weight = torch.bmm(grad_context.mT, v)
-        grad_logits = grad_weight.mul_(weight)
-        grad_logits -= weight * grad_logits.sum(-1, keepdim=True)
-        grad_key.copy_(grad_logits.view(grad_key.shape))
+        _product(grad_context.mT, v, grad_key)
+        grad_logits = grad_key.flatten(2)
+        grad_logits -= (grad_context * context).sum(1)[..., None]  # the sum of gradients times weights
+        grad_logits *= weight
     return grads
+
+
+def _weight(key: torch.Tensor) -> torch.Tensor:
+    """Softmax of keys (heads, d, N) over positions, laid out in memory as they are."""
+    return key.permute(2, 0, 1).softmax(0).permute(1, 2, 0) if key.stride(1) == 1 else key.softmax(-1)
 
 
 def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
@@ -97,7 +103,7 @@ def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None
     if out.is_contiguous():
         torch.bmm(left, right, out=out.flatten(2))
     else:
-        out.copy_(torch.bmm(left, right).view(out.shape))
+        out.copy_(torch.bmm(right.mT, left.mT).mT.unflatten(2, out.shape[2:]))
 
 
 register_gradients(_image_by_image, _image_by_image_backward, _content_attention)

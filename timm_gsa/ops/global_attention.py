@@ -19,7 +19,13 @@ from ._paths import (
     triton_serves,
 )
 from .content_attention import _content_attention, content_attention
-from .position_attention import _column_attention, column_attention, row_attention
+from .position_attention import (
+    _column_attention,
+    column_attention,
+    halved_row_attention,
+    is_large,
+    row_attention,
+)
 
 __all__ = ['content_and_row_attention', 'global_attention', 'global_attention_reference', 'halved']
 
@@ -82,8 +88,7 @@ def global_attention_reference(
     query, key, value = _projected(x, weight, bias, table_h.shape[1])
     column = column_attention(query, value, table_h).reshape(x.shape)
     normed = (column * scale[:, None, None] + shift[:, None, None]).to(value.dtype).reshape(value.shape)
-    out = content_and_row_attention(query, key, value, normed, table_w).reshape(x.shape)
-    return halved(out) if stride == 2 else out
+    return content_and_row_attention(query, key, value, normed, table_w, stride).flatten(1, 2)
 
 
 def content_and_row_attention(
@@ -92,8 +97,11 @@ def content_and_row_attention(
         value: torch.Tensor,
         column: torch.Tensor,
         table: torch.Tensor,
+        stride: int = 1,
 ) -> torch.Tensor:
     """content_attention(query, key, value) + row_attention(query, column, table), on a GPU as one operation.
+
+    Both are linear in what is asked for, so that on a CPU an even map is halved before them.
 
     Args:
         query: Tensor of shape (B, heads, d, H, W).
@@ -101,15 +109,23 @@ def content_and_row_attention(
         value: Tensor of shape (B, heads, e, H, W).
         column: What the column step gave, normed, of shape (B, heads, e, H, W).
         table: Embeddings of shape (2 * W - 1, d).
+        stride: 1, or 2 for averages of 2 x 2 positions, as `halved` has them.
 
     Returns:
-        Tensor of shape (B, heads, e, H, W).
+        Tensor of shape (B, heads, e, ceil(H / stride), ceil(W / stride)).
     """
     if not torch.jit.is_scripting():
-        fits = query.shape == value.shape and table.shape[0] == 2 * query.shape[-1] - 1
-        if fits and triton_attends(query, key, value, column, table):
-            return _gather(query, key, value, column, table)
-    return content_attention(query, key, value) + row_attention(query, column, table)
+        tensors = query, key, value, column, table
+        fits = table.shape[0] == 2 * query.shape[-1] - 1
+        early = stride == 2 and fits and _is_even(query) and is_large(query.mT)
+        if early and (eager_on_cpu(*tensors) or compiled_for_cpu(*tensors)):
+            asked = halved(query.flatten(1, 2)).unflatten(1, query.shape[1:3])
+            return content_attention(asked, key, value) + halved_row_attention(query, column, table)
+        if fits and query.shape == value.shape and triton_attends(*tensors):
+            out = _gather(*tensors)
+            return halved(out.flatten(1, 2)).unflatten(1, out.shape[1:3]) if stride == 2 else out
+    out = content_attention(query, key, value) + row_attention(query, column, table)
+    return halved(out.flatten(1, 2)).unflatten(1, out.shape[1:3]) if stride == 2 else out
 
 
 def _projected(
@@ -126,28 +142,34 @@ def _projected(
 def halved(x: torch.Tensor) -> torch.Tensor:
     """Average pool over 2 x 2 positions; the last windows of odd maps average what they cover."""
     if not torch.jit.is_scripting():
-        on_gpu = x.device.type == 'cuda' and not torch.jit.is_tracing()
-        if on_gpu and is_known_to_hold(x.shape[-2] % 2 == 0) and is_known_to_hold(x.shape[-1] % 2 == 0):
-            if not torch.compiler.is_compiling():
-                return _HalvedPairs.apply(x)
-            return (x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2]) / 4
         if torch.compiler.is_compiling():
+            if _is_even(x):
+                return (x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2]) / 4
             # Inductor compiles a pool that rounds up anew for odd and even maps, and AOTInductor takes them for alike.
             for axis in (-2, -1):
                 first = 2 * torch.arange((x.shape[axis] + 1) // 2, device=x.device)
                 second = (first + 1).clamp(max=x.shape[axis] - 1)
                 x = (x.index_select(axis, first) + x.index_select(axis, second)) / 2
             return x
+        if _is_even(x) and (eager_on_cpu(x) or (x.device.type == 'cuda' and not torch.jit.is_tracing())):
+            return _HalvedPairs.apply(x)
     return F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)
 
 
+def _is_even(x: torch.Tensor) -> bool:
+    return is_known_to_hold(x.shape[-2] % 2 == 0) and is_known_to_hold(x.shape[-1] % 2 == 0)
+
+
 class _HalvedPairs(torch.autograd.Function):
-    """`halved` of an even map with gradients by interpolation: those of the pool take ten times as long."""
+    """`halved` of an even map with gradients that are copies: those of the pool take up to ten times as long."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: torch.Tensor) -> torch.Tensor:
+        if x.device.type == 'cpu' and x.is_contiguous():
+            out = x[..., ::2, ::2] + x[..., 1::2, ::2]
+            return out.add_(x[..., ::2, 1::2]).add_(x[..., 1::2, 1::2]).div_(4)
         return F.avg_pool2d(x, 2)
 
     @staticmethod
@@ -156,7 +178,11 @@ class _HalvedPairs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        return F.interpolate(grads[0] / 4, scale_factor=2., mode='nearest')
+        grad = grads[0] / 4
+        if grad.device.type == 'cpu' and grad.is_contiguous():
+            pairs = grad[..., :, None, :, None].expand(*grad.shape[:-1], 2, grad.shape[-1], 2)
+            return pairs.reshape(*grad.shape[:-2], 2 * grad.shape[-2], 2 * grad.shape[-1])
+        return F.interpolate(grad, scale_factor=2., mode='nearest')
 
 
 @torch.library.custom_op('timm_gsa::global_attention', mutates_args=(), device_types='cpu')
@@ -185,11 +211,9 @@ def _image_by_image(
     positions = height * width
     depth = table_h.shape[1]
     heads = channels // depth
-    embedding_h, embedding_w = unfolded(table_h, height), unfolded(table_w, width)
+    embedding_h, embedding_w = unfolded(table_h, height), unfolded(table_w, width, stride)
     query_weight, key_weight, value_weight = weight.split(channels)
     scale, shift = scale.view(heads, 1, 1, depth), shift.view(heads, 1, 1, depth)
-    if stride == 2:
-        embedding_w = embedding_w.view(width // 2, 2 * depth, width) / 4
     out = torch.empty_like(x[..., ::stride, ::stride])
     if batch == 0:
         return out

@@ -26,7 +26,14 @@ from ._paths import (
     triton_attends,
 )
 
-__all__ = ['column_attention', 'column_attention_reference', 'resize_relative_table', 'row_attention']
+__all__ = [
+    'column_attention',
+    'column_attention_reference',
+    'halved_row_attention',
+    'is_large',
+    'resize_relative_table',
+    'row_attention',
+]
 
 
 def column_attention(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -51,7 +58,7 @@ def column_attention(query: torch.Tensor, value: torch.Tensor, table: torch.Tens
     _check(query, table)
     if not torch.jit.is_scripting():
         tensors = query, value, table
-        if compiled_for_cpu(*tensors) or (eager_on_cpu(*tensors) and _large(query)) or triton_attends(*tensors):
+        if compiled_for_cpu(*tensors) or (eager_on_cpu(*tensors) and is_large(query)) or triton_attends(*tensors):
             return _blocked(query, value, table)
     return _column_attention(query, value, table)
 
@@ -59,6 +66,11 @@ def column_attention(query: torch.Tensor, value: torch.Tensor, table: torch.Tens
 def row_attention(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """`column_attention` along the rows: `table` is of shape (2 * W - 1, d)."""
     return column_attention(query.transpose(-1, -2), value.transpose(-1, -2), table).transpose(-1, -2)
+
+
+def halved_row_attention(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Averages over 2 x 2 positions of `row_attention` on a CPU, (B, heads, e, H / 2, W / 2), for even H and W."""
+    return _halved_blocked(query.transpose(-1, -2), value.transpose(-1, -2), table).transpose(-1, -2)
 
 
 def column_attention_reference(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -126,10 +138,16 @@ def _pairwise_embedding(table: torch.Tensor, length: int) -> torch.Tensor:
     return table[position[None, :] - position[:, None] + length - 1]
 
 
-def _large(query: torch.Tensor) -> bool:
-    """Whether the logits of a map are so many that computing them twice takes less time than keeping them."""
+def is_large(query: torch.Tensor) -> bool:
+    """Whether the logits of a map's columns are known to be so many that they are faster computed twice than kept."""
     height, width = query.shape[-2:]
-    return height * height * width >= 2 ** 14
+    return is_known_to_hold(height * height * width >= 2 ** 14)
+
+
+def _halved_column_attention(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Averages over 2 x 2 positions of `_column_attention`, of even maps."""
+    out = _column_attention(query, value, table)
+    return F.avg_pool2d(out.flatten(1, 2), 2).unflatten(1, out.shape[1:3])
 
 
 @torch.library.custom_op('timm_gsa::column_attention', mutates_args=(), device_types='cpu')
@@ -138,19 +156,7 @@ def _blocked(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> t
 
     An operator, as the compiler makes calls of matrix products of the steps, with all logits between them.
     """
-    batch, heads, _, height, width = query.shape
-    embedding = unfolded(table, height)
-    out = torch.empty_like(value)
-    if batch == 0:
-        return out
-    blocks = image_blocks(batch, heads, height, width)
-    queries = query.new_empty(query[blocks[0]].numel())
-    values, found = value.new_empty(2, value[blocks[0]].numel())
-    logits = room(query, blocks[0].stop * heads * width, height)
-    for images in blocks:
-        columns = by_columns(value[images], values)
-        from_columns(gather(by_rows(query[images], queries), embedding, columns, found, logits), out[images])
-    return out
+    return _gathered(query, value, table, 1)
 
 
 @_blocked.register_fake
@@ -165,8 +171,59 @@ def _blocked_backward(
         value: torch.Tensor,
         table: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _gathered_backward(grad, query, value, table, 1)
+
+
+@torch.library.custom_op('timm_gsa::halved_column_attention', mutates_args=(), device_types='cpu')
+def _halved_blocked(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """`_halved_column_attention` by blocks of logits, of which there are half as many as before the map is halved.
+
+    Two queries of a column ask as one of twice the channels, and two columns have their sum in common.
+    """
+    return _gathered(query, value, table, 2)
+
+
+@_halved_blocked.register_fake
+def _like_halved_value(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(value[..., ::2, ::2])
+
+
+@torch.library.custom_op('timm_gsa::halved_column_attention_backward', mutates_args=(), device_types='cpu')
+def _halved_blocked_backward(
+        grad: torch.Tensor,
+        query: torch.Tensor,
+        value: torch.Tensor,
+        table: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _gathered_backward(grad, query, value, table, 2)
+
+
+def _gathered(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor, stride: int) -> torch.Tensor:
+    batch, heads, _, height, width = query.shape
+    embedding = unfolded(table, height, stride)
+    out = torch.empty_like(value[..., ::stride, ::stride])
+    if batch == 0:
+        return out
+    blocks = image_blocks(batch, heads, height, width)
+    queries = query.new_empty(query[blocks[0]].numel())
+    values, found = value.new_empty(2, value[blocks[0]].numel())
+    logits = room(query, blocks[0].stop * heads * width, height)
+    for images in blocks:
+        rows, columns = by_rows(query[images], queries, stride), by_columns(value[images], values, stride)
+        from_columns(gather(rows, embedding, columns, found, logits), out[images])
+    return out
+
+
+def _gathered_backward(
+        grad: torch.Tensor,
+        query: torch.Tensor,
+        value: torch.Tensor,
+        table: torch.Tensor,
+        stride: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, heads, depth, length, width = query.shape
-    embedding = unfolded(table, length)
+    embedding = unfolded(table, length, stride)
+    places, asked = embedding.shape[:2]
     grad_query, grad_value = torch.empty_like(query), torch.empty_like(value)
     if batch == 0:
         return grad_query, grad_value, torch.zeros_like(table)
@@ -175,35 +232,42 @@ def _blocked_backward(
     queries, grad_queries = query.new_empty(2, query[blocks[0]].numel())
     values, grads, grad_values = value.new_empty(3, value[blocks[0]].numel())
     logits_memory = room(query, blocks[0].stop * heads * width, length)
-    narrow_query, narrow_value = is_narrow(depth, length), is_narrow(value.shape[2], length)
+    narrow_query, narrow_value = is_narrow(asked, length), is_narrow(value.shape[2], length)
     for images in blocks:
-        q, v, g = by_rows(query[images], queries), by_columns(value[images], values), by_columns(grad[images], grads)
-        # Seen as (x, n, d) and (n, i, e), where narrow the other way round in memory.
-        grad_q = grad_queries[:q.numel()].view((length, depth, -1) if narrow_query else q.shape)
+        q, v = by_rows(query[images], queries, stride), by_columns(value[images], values, stride)
+        g = by_columns(grad[images], grads)
+        # Seen as (stride, x, n, d) and (n, i, e), where narrow the other way round in memory.
+        grad_q = grad_queries[:q.numel()].view(stride, places, *((asked, -1) if narrow_query else (-1, asked)))
         grad_v = grad_values[:v.numel()].view(v.mT.shape if narrow_value else v.shape)
         for block in column_blocks(len(v), length):
             memory = logits_memory[:(block.stop - block.start) * length ** 2]
-            logits = torch.bmm(q[:, block], embedding, out=memory.view(length, -1, length))  # (x, n, i)
+            columns = q[:, stride * block.start:stride * block.stop]
+            logits = torch.bmm(columns, embedding, out=memory.view(places, -1, length))
+            logits = logits.view(places, -1, stride * length)  # (x, n, i)
             if narrow_value:
                 torch.bmm(g[block].mT, logits.transpose(0, 1), out=grad_v[block])
             else:
                 torch.bmm(logits.permute(1, 2, 0), g[block], out=grad_v[block])
-            grad_logits = torch.bmm(g[block], v[block].mT, out=memory.view(-1, length, length))  # (n, x, i)
-            if narrow_query:
-                grad_q[..., block] = torch.bmm(embedding, grad_logits.permute(1, 2, 0))
-            else:
-                grad_q[:, block] = torch.bmm(grad_logits.transpose(0, 1), embedding.mT)
-            grad_embedding.baddbmm_(q[:, block].mT, grad_logits.transpose(0, 1))
-        from_columns(grad_v.mT if narrow_value else grad_v, grad_value[images])
-        turned = grad_query[images].permute(3, 0, 1, 4, 2)
-        turned.copy_((grad_q.mT if narrow_query else grad_q).unflatten(1, turned.shape[1:4]))
+            grad_logits = torch.bmm(g[block], v[block].mT, out=memory.view(-1, places, stride * length))  # (n, x, i)
+            for step, part in enumerate(grad_logits.split(length, 2)):
+                if narrow_query:
+                    grad_q[step][..., block] = torch.bmm(embedding, part.permute(1, 2, 0))
+                else:
+                    grad_q[step][:, block] = torch.bmm(part.transpose(0, 1), embedding.mT)
+                grad_embedding.baddbmm_(columns[:, step::stride].mT, part.transpose(0, 1))
+        from_columns(grad_v.mT if narrow_value else grad_v, grad_value[images], stride)
+        turned = grad_query[images].unflatten(4, (-1, stride)).unflatten(3, (-1, stride)).permute(6, 3, 0, 1, 5, 4, 2)
+        grad_q = grad_q.mT if narrow_query else grad_q
+        turned.copy_(grad_q.unflatten(3, (stride, -1)).unflatten(2, turned.shape[2:5]))
     position = torch.arange(length)
     offset = position[None, :] - position[:, None] + length - 1
     grad_table = torch.zeros_like(table)
-    grad_table.index_add_(0, offset.flatten(), grad_embedding.transpose(1, 2).reshape(-1, table.shape[1]))
+    grad_embedding = grad_embedding.view(length, depth, length).div_(stride ** 2)
+    grad_table.index_add_(0, offset.flatten(), grad_embedding.transpose(1, 2).reshape(-1, depth))
     return grad_query, grad_value, grad_table
 
 
 register_gradients(_blocked, _blocked_backward, _column_attention)
+register_gradients(_halved_blocked, _halved_blocked_backward, _halved_column_attention)
 register_triton(_blocked, 'attend')
 register_triton(_blocked_backward, 'attend_backward')
