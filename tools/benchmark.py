@@ -4,6 +4,7 @@
     python tools/benchmark.py inference --compile --json inference.json --plot inference.png
     python tools/benchmark.py training --models gsa_resnet50 priorattn_resnet50 --batch-size 4
     python tools/benchmark.py scaling --img-sizes 128 224 448
+    python tools/benchmark.py layers
 
 All that stands in one group of the table runs in turn, round after round, in this one process, so that what else the
 machine does hits all alike; compare ratios, not times, unless the device is a GPU that nothing else uses. Weights are
@@ -11,7 +12,9 @@ random, as speed does not depend on them.
 
 On a CUDA device the aggregation also stands beside the formulation of the paper's own kernels (tools/_global_loop.py),
 and SAN models beside themselves with it; and what our kernels take is related to the least bytes that must be moved, at
-the speed that a copy is measured to have. `profile` shows which kernels a training step spends its time in.
+the speed that a copy is measured to have. `profile` shows which kernels a training step spends its time in. `layers`
+sets the attention layers of gsa_resnet50 beside the 3 x 3 convolutions they stand for, and in inference on a CPU beside
+their matrix products alone, which is what is left if all else took no time.
 """
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ import re
 import statistics
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -513,6 +516,75 @@ def scaling_groups(
         f'inference, {size} px, batch {batch}': partial(runs, batch, size) for batch, size in dict.fromkeys(settings)}
 
 
+def layer_groups(setting: Setting, batch: int, size: int) -> Groups:
+    """Each kind of attention layer in gsa_resnet50, so many of it as its name begins with."""
+    counts: Counter[tuple[int, int, int]] = Counter()
+    model = setting.model('gsa_resnet50', size)
+    for module in model.modules():
+        if isinstance(module, layers.GlobalSelfAttention):
+            module.register_forward_pre_hook(
+                lambda layer, inputs: counts.update([(layer.dim, inputs[0].shape[-1], layer.stride)]))
+    inferred(model.eval(), (setting.images(1, size),))()
+
+    def layer(channels: int, side: int, stride: int, way: Any) -> dict[str, Callable[[], Any]]:
+        x = setting.laid_out(torch.randn(batch, channels, side, side, device=setting.device, dtype=setting.dtype))
+        convolution = nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False)
+        attention = layers.GlobalSelfAttention(channels, side, stride=stride)
+        code, ours = (
+            module.to(setting.device, setting.dtype).train(way is stepped) for module in (convolution, attention))
+        if setting.channels_last:
+            code, ours = (module.to(memory_format=torch.channels_last) for module in (code, ours))
+        runs = {'3 x 3 convolution': way(code, (x,)), 'ours': way(setting.code(ours), (x,))}
+        if way is inferred and setting.device.type == 'cpu':
+            count, products = products_of(way(ours, (x,)))
+            runs[f'its matrix products alone, {count / 1e9:.2f} G multiply-adds'] = products
+        return runs
+
+    return {
+        f'{count} at {side} x {side}, {channels} channels, stride {stride}, {LABELS[way]}':
+        partial(layer, channels, side, stride, way)
+        for way in (inferred, stepped) for (channels, side, stride), count in counts.items()
+    }
+
+
+def products_of(run: Callable[[], Any]) -> tuple[int, Callable[[], None]]:
+    """Multiply-adds in the matrix products of a call, and these products alone, into the memory that they were in."""
+    calls: list[partial[torch.Tensor]] = []
+    count = 0
+
+    def recorded(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+            nonlocal count
+            out = function(left, right, out=out)
+            count += left.numel() * right.shape[-1]
+            calls.append(partial(function, left, right, out=out))
+            return out
+
+        return product
+
+    with replaced((torch, 'mm', recorded(torch.mm)), (torch, 'bmm', recorded(torch.bmm))):
+        run()
+
+    def products() -> None:
+        with torch.no_grad():
+            for call in calls:
+                call()
+
+    return count, products
+
+
+def totals(rows: Sequence[Row]) -> list[Row]:
+    """All layers of a kind of run together, from `layer_groups`, which name their number first."""
+    sums: defaultdict[tuple[str, str], float] = defaultdict(float)
+    for row in rows:
+        label = row.group.rpartition(', ')[2]
+        sums[label, row.name.partition(',')[0]] += int(row.group.partition(' ')[0]) * row.median
+    found = [Row(f'all, {label}', name, [total]) for (label, name), total in sums.items()]
+    for row in found:
+        row.ratio = next(other for other in found if other.group == row.group).median / row.median
+    return found
+
+
 def profiled(setting: Setting, name: str, batch: int, size: int) -> str:
     """Which kernels, or operators of the CPU, a training step of a model spends most of its time in."""
     step = model_run(setting, setting.model(name, size), batch, size, True)
@@ -635,7 +707,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure what a command line asks for, print the table; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or '').partition('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('what', choices=('operations', 'inference', 'training', 'scaling', 'profile'))
+    parser.add_argument('what', choices=('operations', 'inference', 'training', 'scaling', 'layers', 'profile'))
     parser.add_argument('--models', nargs='+', default=list(OURS + PEERS), help='of ours and others')
     parser.add_argument('--base', default=BASE, help='model that the others are related to')
     parser.add_argument('--only', metavar='TEXT', default='', help='groups with this text in their name')
@@ -665,7 +737,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.device(args.device), DTYPES[args.dtype], args.channels_last, args.compile, args.rounds, args.fuse)
     deadline = time.monotonic() + (args.seconds or float('inf'))
     models = [
-        name for name in args.models if args.what in ('operations', 'scaling') or takes(name, args.img_size)]
+        name for name in args.models if args.what in ('operations', 'scaling', 'layers') or takes(name, args.img_size)]
     for name in sorted(set(args.models).difference(models)):
         tqdm.write(f'{name} is left out: it takes no images of {args.img_size} px', file=sys.stderr)
     if args.what == 'profile':
@@ -675,6 +747,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args.what == 'operations':
         groups = operation_groups(setting, args.batch_size)
+    elif args.what == 'layers':
+        groups = layer_groups(setting, args.batch_size, args.img_size)
     elif args.what == 'scaling':
         groups = scaling_groups(
             setting, args.batch_size, args.batch_sizes, args.img_size, args.img_sizes, (args.base, *models))
@@ -699,6 +773,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     {**asdict(row), 'median': row.median, 'spread': row.spread} for row in rows])
                 with written_whole(args.json) as temporary:
                     temporary.write_text(json.dumps(report, indent=1) + '\n')
+    if args.what == 'layers':
+        rows += totals(rows)
     print(table(rows))
     print('\n' + ', '.join(f'{key} {value}' for key, value in machine(setting).items()))
     if args.plot:

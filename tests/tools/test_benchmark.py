@@ -58,6 +58,32 @@ def test_models_are_measured_beside_a_resnet50(what, monkeypatch, capsys):
     assert '| priorattn_resnet_tiny |' in table
 
 
+def test_layers_stand_beside_convolutions_and_their_products_alone(capsys):
+    assert benchmark.main(['layers', '--device', 'cpu', '--batch-size', '1', '--img-size', '64', '--rounds', '1']) == 0
+    rows = [line.split(' | ') for line in capsys.readouterr().out.splitlines() if ' ± ' in line]
+    groups = [row[0] for row in rows if row[0] != '| ']
+    counts = [int(group.split()[1]) for group in groups if 'forward' in group and 'all' not in group]
+    assert len(counts) == 7 and sum(counts) == 16  # kinds and layers
+    assert groups[-2:] == ['| all, forward', '| all, training']
+    times = {name: 0. for name in ('3 x 3 convolution', 'ours', 'its matrix products alone')}
+    for count, first in zip(counts, range(0, 3 * len(counts), 3), strict=True):
+        for name, row in zip(times, rows[first:first + 3], strict=True):
+            assert row[1].startswith(name)
+            times[name] += count * float(row[2].split()[0])
+    for name, row in zip(times, rows[-5:-2], strict=True):
+        assert row[1] == name and float(row[2].split()[0]) == pytest.approx(times[name], abs=1)
+
+
+def test_products_alone_are_counted_and_leave_the_same_result():
+    left, right = torch.randn(3, 4), torch.randn(4, 5)
+    held = []
+    count, products = benchmark.products_of(lambda: held.append(torch.mm(left, right)))
+    expected = held[0].clone()
+    held[0].zero_()
+    products()
+    assert count == 3 * 4 * 5 and torch.equal(held[0], expected)
+
+
 def test_models_are_built_for_the_size_and_those_that_do_not_take_it_left_out(monkeypatch, capsys):
     measured = []
     monkeypatch.setattr(benchmark, 'model_run', lambda setting, model, *more: measured.append(model) or (lambda: None))
