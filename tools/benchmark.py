@@ -13,8 +13,8 @@ random, as speed does not depend on them.
 On a CUDA device the aggregation also stands beside the formulation of the paper's own kernels (tools/_global_loop.py),
 and SAN models beside themselves with it; and what our kernels take is related to the least bytes that must be moved, at
 the speed that a copy is measured to have. `profile` shows which kernels a training step spends its time in. `layers`
-sets the attention layers of gsa_resnet50 beside the 3 x 3 convolutions they stand for, and in inference on a CPU beside
-their matrix products alone, which is what is left if all else took no time.
+sets the attention layers of gsa_resnet50 beside the 3 x 3 convolutions they stand for, and on a CPU beside their matrix
+products alone, which is what is left if all else took no time.
 """
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def plain() -> Iterator[None]:
 
 @contextlib.contextmanager
 def replaced(*functions: tuple[Any, str, Any]) -> Iterator[None]:
-    """Within it, modules have other functions under these names."""
+    """Within it, modules or types have other functions under these names."""
     before = [getattr(module, name) for module, name, _ in functions]
     for module, name, function in functions:
         setattr(module, name, function)
@@ -535,10 +535,22 @@ def layer_groups(setting: Setting, batch: int, size: int) -> Groups:
         if setting.channels_last:
             code, ours = (module.to(memory_format=torch.channels_last) for module in (code, ours))
         runs = {'3 x 3 convolution': way(code, (x,)), 'ours': way(setting.code(ours), (x,))}
-        if way is inferred and setting.device.type == 'cpu':
+        if setting.device.type == 'cpu':
             count, products = products_of(way(ours, (x,)))
+            if way is stepped:
+                count += 9 * channels * x.numel()
+                products = both(products, projection(attention, x))
             runs[f'its matrix products alone, {count / 1e9:.2f} G multiply-adds'] = products
         return runs
+
+    def projection(attention: layers.GlobalSelfAttention, x: torch.Tensor) -> Callable[[], Any]:
+        """Of a training step, which computes it by convolutions."""
+        x = x.detach().requires_grad_()
+        grads = [torch.randn_like(part) for part in attention.project(x)]
+        return lambda: torch.autograd.grad(attention.project(x), (x, *attention.qkv.parameters()), grads)
+
+    def both(first: Callable[[], Any], second: Callable[[], Any]) -> Callable[[], Any]:
+        return lambda: (first(), second())
 
     return {
         f'{count} at {side} x {side}, {channels} channels, stride {stride}, {LABELS[way]}':
@@ -548,21 +560,31 @@ def layer_groups(setting: Setting, batch: int, size: int) -> Groups:
 
 
 def products_of(run: Callable[[], Any]) -> tuple[int, Callable[[], None]]:
-    """Multiply-adds in the matrix products of a call, and these products alone, into the memory that they were in."""
+    """Multiply-adds in the matrix products of a call, and these products alone, into the memory that they were in.
+
+    Products that torch's own gradients are made of do not show, as those of a training step on small maps.
+    """
     calls: list[partial[torch.Tensor]] = []
     count = 0
 
     def recorded(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        def product(*factors: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
             nonlocal count
-            out = function(left, right, out=out)
-            count += left.numel() * right.shape[-1]
-            calls.append(partial(function, left, right, out=out))
+            count += factors[-2].numel() * factors[-1].shape[-1]
+            if len(factors) == 3:  # which it is added to
+                calls.append(partial(function, *factors))
+                return function(*factors)
+            out = function(*factors, out=out)
+            calls.append(partial(function, *factors, out=out))
             return out
 
         return product
 
-    with replaced((torch, 'mm', recorded(torch.mm)), (torch, 'bmm', recorded(torch.bmm))):
+    with replaced(
+        (torch, 'mm', recorded(torch.mm)),
+        (torch, 'bmm', recorded(torch.bmm)),
+        (torch.Tensor, 'baddbmm_', recorded(torch.Tensor.baddbmm_)),
+    ):
         run()
 
     def products() -> None:

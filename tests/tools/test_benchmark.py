@@ -65,13 +65,12 @@ def test_layers_stand_beside_convolutions_and_their_products_alone(capsys):
     counts = [int(group.split()[1]) for group in groups if 'forward' in group and 'all' not in group]
     assert len(counts) == 7 and sum(counts) == 16  # kinds and layers
     assert groups[-2:] == ['| all, forward', '| all, training']
-    times = {name: 0. for name in ('3 x 3 convolution', 'ours', 'its matrix products alone')}
-    for count, first in zip(counts, range(0, 3 * len(counts), 3), strict=True):
-        for name, row in zip(times, rows[first:first + 3], strict=True):
-            assert row[1].startswith(name)
-            times[name] += count * float(row[2].split()[0])
-    for name, row in zip(times, rows[-5:-2], strict=True):
-        assert row[1] == name and float(row[2].split()[0]) == pytest.approx(times[name], abs=1)
+    names = '3 x 3 convolution', 'ours', 'its matrix products alone'
+    for half, totals in ((rows[:21], rows[-6:-3]), (rows[21:42], rows[-3:])):
+        for i, (name, total) in enumerate(zip(names, totals, strict=True)):
+            assert total[1] == name and all(row[1].startswith(name) for row in half[i::3])
+            expected = sum(count * float(row[2].split()[0]) for count, row in zip(counts, half[i::3], strict=True))
+            assert float(total[2].split()[0]) == pytest.approx(expected, abs=1)
 
 
 def test_products_alone_are_counted_and_leave_the_same_result():
@@ -82,6 +81,11 @@ def test_products_alone_are_counted_and_leave_the_same_result():
     held[0].zero_()
     products()
     assert count == 3 * 4 * 5 and torch.equal(held[0], expected)
+    total = torch.zeros(1, 3, 5)
+    count, products = benchmark.products_of(lambda: total.baddbmm_(left[None], right[None]))
+    products()
+    assert count == 3 * 4 * 5
+    torch.testing.assert_close(total[0], 2 * expected)
 
 
 def test_models_are_built_for_the_size_and_those_that_do_not_take_it_left_out(monkeypatch, capsys):
