@@ -57,11 +57,27 @@ def test_takes_any_memory_layout():
     torch.testing.assert_close(content_attention(*packed.split([3, 3, 4], dim=2)), expected)
 
 
-def test_gradients_take_any_memory_layout():
+def innermost(x):
+    return x.flatten(1, 2).contiguous(memory_format=torch.channels_last).unflatten(1, x.shape[1:3])
+
+
+@pytest.mark.parametrize('laid_out', [
+    innermost,
+    lambda x: x.mT.contiguous().mT,
+    lambda x: innermost(x.mT).mT,
+    lambda x: x.repeat(1, 2, 1, 1, 2)[:, :2, :, :, :6],
+])
+def test_gradients_take_any_memory_layout(laid_out):
     inputs = tensors(4, 6)
     expected = outputs_and_gradients(content_attention, *inputs)
-    packed = torch.cat(inputs, dim=2).flatten(1, 2).contiguous(memory_format=torch.channels_last)
-    packed = packed.unflatten(1, (2, -1)).requires_grad_()  # heads of query, key and value, channels innermost
+    torch.testing.assert_close(
+        outputs_and_gradients(lambda *maps: content_attention(*map(laid_out, maps)), *inputs), expected)
+
+
+def test_gradients_of_a_packed_map_agree():
+    inputs = tensors(4, 6)
+    expected = outputs_and_gradients(content_attention, *inputs)
+    packed = innermost(torch.cat(inputs, dim=2)).requires_grad_()  # heads of query, key and value
     out = content_attention(*packed.split([3, 3, 4], dim=2))
     probe = torch.linspace(-1., 1., out.numel(), dtype=out.dtype).reshape(out.shape)
     grad, = torch.autograd.grad((out * probe).sum(), packed)

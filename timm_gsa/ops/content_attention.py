@@ -87,9 +87,8 @@ def _image_by_image_backward(
         _product(context.mT, g, grad_query)
         _product(grad_context, weight, grad_value)
         _product(grad_context.mT, v, grad_key)
-        grad_logits = grad_key.flatten(2)
-        grad_logits -= (grad_context * context).sum(1)[..., None]  # the sum of gradients times weights
-        grad_logits *= weight
+        grad_key -= (grad_context * context).sum(1)[..., None, None]  # the sum of gradients times weights
+        grad_key *= weight.unflatten(2, grad_key.shape[2:])
     return grads
 
 
