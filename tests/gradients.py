@@ -1,4 +1,4 @@
-"""What is compared of two ways to compute the same."""
+"""What two ways to compute the same are given, and what is compared of them."""
 import torch
 
 
@@ -8,3 +8,8 @@ def outputs_and_gradients(function, *inputs: torch.Tensor) -> list[torch.Tensor]
     out = function(*leaves)
     probe = torch.linspace(-1., 1., out.numel(), dtype=out.dtype).reshape(out.shape)
     return [out, *torch.autograd.grad((out * probe).sum(), leaves)]
+
+
+def heads_in(x: torch.Tensor, layout: torch.memory_format) -> torch.Tensor:
+    """Maps of heads (B, heads, channels, H, W) with the memory layout of maps (B, heads * channels, H, W)."""
+    return x.flatten(1, 2).contiguous(memory_format=layout).unflatten(1, x.shape[1:3])

@@ -5,7 +5,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from timm_gsa.ops import content_attention, content_attention_reference
 
-from ..gradients import outputs_and_gradients
+from ..gradients import heads_in, outputs_and_gradients
 
 SIZES = [(1, 1), (1, 6), (5, 3), (4, 4)]
 
@@ -58,7 +58,7 @@ def test_takes_any_memory_layout():
 
 
 def innermost(x):
-    return x.flatten(1, 2).contiguous(memory_format=torch.channels_last).unflatten(1, x.shape[1:3])
+    return heads_in(x, torch.channels_last)
 
 
 @pytest.mark.parametrize('laid_out', [
@@ -86,8 +86,7 @@ def test_gradients_of_a_packed_map_agree():
 
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
 def test_takes_fewer_queries_than_keys(layout):
-    query, key, value = (
-        x.flatten(1, 2).contiguous(memory_format=layout).unflatten(1, x.shape[1:3]) for x in tensors(6, 4))
+    query, key, value = (heads_in(x, layout) for x in tensors(6, 4))
     asked = query[..., :3, :2]
     ours, theirs = (
         outputs_and_gradients(f, asked, key, value) for f in (content_attention, content_attention_reference))

@@ -13,7 +13,7 @@ from timm_gsa.ops import (
 from timm_gsa.ops.global_attention import halved
 from timm_gsa.ops.position_attention import halved_row_attention
 
-from ..gradients import outputs_and_gradients
+from ..gradients import heads_in, outputs_and_gradients
 
 
 def inputs(height, width, batch=3, heads=2, depth=3, bias=True, dtype=torch.float64):
@@ -137,8 +137,7 @@ def test_content_and_row_of_large_even_maps_keep_nothing_of_full_size_but_what_t
 
 def test_content_and_row_of_large_even_maps_take_any_memory_layout():
     *maps, table = maps_of_heads(28, 30)
-    innermost = [
-        x.flatten(1, 2).contiguous(memory_format=torch.channels_last).unflatten(1, x.shape[1:3]) for x in maps]
+    innermost = [heads_in(x, torch.channels_last) for x in maps]
     torch.testing.assert_close(
         content_and_row_attention(*innermost, table, 2), content_and_row_attention(*maps, table, 2))
 
@@ -147,8 +146,7 @@ def test_rows_of_halved_maps_are_a_sound_operator_with_gradients_of_gradients():
     query, _, _, column, table = (x.requires_grad_() for x in maps_of_heads(6, 4, batch=2))
     operator = torch.ops.timm_gsa.halved_column_attention.default
     for layout in (torch.contiguous_format, torch.channels_last):
-        columns = [x.flatten(1, 2).contiguous(memory_format=layout).unflatten(1, x.shape[1:3]).mT.detach()
-                   for x in (query, column)]
+        columns = [heads_in(x, layout).mT.detach() for x in (query, column)]
         torch.library.opcheck(operator, [*(x.requires_grad_() for x in columns), table])
     assert torch.autograd.gradgradcheck(halved_row_attention, (query, column, table), fast_mode=True)
 

@@ -18,7 +18,7 @@ from ..ops import (
     row_attention,
 )
 from ..ops._paths import compiled_for_cpu, eager_on_cpu, records_gradients, triton_serves
-from ..ops.global_attention import halved
+from ..ops.global_attention import by_stride
 from ._norm import affine_of, watched
 
 __all__ = ['GlobalSelfAttention']
@@ -160,7 +160,7 @@ class GlobalSelfAttention(nn.Module):
     def _attend(self, x: torch.Tensor) -> torch.Tensor:
         parts = self.project(x)
         if self.rel_h is None or self.rel_w is None:
-            return self._halved(content_attention(parts[0], parts[1], parts[2]).flatten(1, 2))
+            return by_stride(content_attention(parts[0], parts[1], parts[2]), self.stride).flatten(1, 2)
         height, width = x.shape[-2:]
         query, value = parts[0], parts[-1]
         rel_h = resize_relative_table(self.rel_h, height).to(query.dtype)
@@ -168,10 +168,7 @@ class GlobalSelfAttention(nn.Module):
         column = self.norm(column_attention(query, value, rel_h).reshape(x.shape)).reshape(value.shape)
         if self.branches == 'both':
             return content_and_row_attention(query, parts[1], value, column, rel_w, self.stride).flatten(1, 2)
-        return self._halved(row_attention(query, column, rel_w).flatten(1, 2))
-
-    def _halved(self, x: torch.Tensor) -> torch.Tensor:
-        return halved(x) if self.stride == 2 else x
+        return by_stride(row_attention(query, column, rel_w), self.stride).flatten(1, 2)
 
     @torch.jit.unused
     def _affine_norm(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -27,7 +27,7 @@ from .position_attention import (
     row_attention,
 )
 
-__all__ = ['content_and_row_attention', 'global_attention', 'global_attention_reference', 'halved']
+__all__ = ['by_stride', 'content_and_row_attention', 'global_attention', 'global_attention_reference', 'halved']
 
 
 def global_attention(
@@ -119,13 +119,10 @@ def content_and_row_attention(
         fits = table.shape[0] == 2 * query.shape[-1] - 1
         early = stride == 2 and fits and _is_even(query) and is_large(query.mT)
         if early and (eager_on_cpu(*tensors) or compiled_for_cpu(*tensors)):
-            asked = halved(query.flatten(1, 2)).unflatten(1, query.shape[1:3])
-            return content_attention(asked, key, value) + halved_row_attention(query, column, table)
+            return content_attention(by_stride(query, 2), key, value) + halved_row_attention(query, column, table)
         if fits and query.shape == value.shape and triton_attends(*tensors):
-            out = _gather(*tensors)
-            return halved(out.flatten(1, 2)).unflatten(1, out.shape[1:3]) if stride == 2 else out
-    out = content_attention(query, key, value) + row_attention(query, column, table)
-    return halved(out.flatten(1, 2)).unflatten(1, out.shape[1:3]) if stride == 2 else out
+            return by_stride(_gather(*tensors), stride)
+    return by_stride(content_attention(query, key, value) + row_attention(query, column, table), stride)
 
 
 def _projected(
@@ -137,6 +134,11 @@ def _projected(
     """Query, key and value, each (B, C / d, d, H, W)."""
     query, key, value = F.conv2d(x, weight[:, :, None, None], bias).unflatten(1, (3, -1, depth)).unbind(1)
     return query, key, value
+
+
+def by_stride(x: torch.Tensor, stride: int) -> torch.Tensor:
+    """Maps of heads (B, heads, d, H, W) as they are, or `halved` with a stride of 2."""
+    return halved(x.flatten(1, 2)).unflatten(1, x.shape[1:3]) if stride == 2 else x
 
 
 def halved(x: torch.Tensor) -> torch.Tensor:
