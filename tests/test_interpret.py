@@ -12,7 +12,7 @@ from torch import nn
 from timm_gsa import attention_maps, attention_rollout
 from timm_gsa.interpret import GaussianMaps, GlobalMaps, NeighbourhoodMaps
 from timm_gsa.layers import GlobalSelfAttention, PairwiseAttention, PatchwiseAttention, PriorAttention
-from timm_gsa.ops import column_attention, content_attention, row_attention
+from timm_gsa.ops import column_attention, content_attention, normalise_query, row_attention
 
 LAYERS = (GlobalSelfAttention, PairwiseAttention, PatchwiseAttention, PriorAttention)
 
@@ -83,15 +83,17 @@ def test_weights_applied_to_the_values_give_the_layers_own_output(create, ours, 
         torch.testing.assert_close(attended, expected, rtol=1e-10, atol=1e-10 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize('query_norm', [None, 'softmax', 'rms'])
 @pytest.mark.parametrize('stride', [1, 2])
 @pytest.mark.parametrize('size', [(1, 1), (1, 6), (5, 7), (8, 4)])
-def test_every_map_of_gsa_is_the_step_it_stands_for(size, stride):
-    layer = GlobalSelfAttention(12, size, num_heads=3, stride=stride).double().eval()
+def test_every_map_of_gsa_is_the_step_it_stands_for(size, stride, query_norm):
+    layer = GlobalSelfAttention(12, size, num_heads=3, stride=stride, query_norm=query_norm).double().eval()
     randomise_norms(layer)
     x = torch.randn(2, 12, *size, dtype=torch.float64)
     out_size = tuple(math.ceil(n / stride) for n in size)
     with torch.no_grad():
         query, key, value = layer.qkv(x).unflatten(1, (3, 3, 4)).unbind(1)
+        query = normalise_query(query, query_norm)
         column = column_attention(query, value, layer.rel_h)
         normed = layer.norm(column.flatten(1, 2)).unflatten(1, (3, 4))
         row = row_attention(query, normed, layer.rel_w)

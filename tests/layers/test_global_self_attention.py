@@ -48,9 +48,14 @@ def loops(layer: GlobalSelfAttention, x: torch.Tensor) -> torch.Tensor:
             projected[b, p] = weight @ x[b, :, p[0], p[1]] + (0. if bias is None else bias)
 
     def part(index: int, b: int, h: int, p: tuple[int, int]) -> torch.Tensor:
-        """Query (0), key (1) or value (2) of a head."""
+        """Normalised query (0), key (1) or value (2) of a head."""
         start = index * channels + h * depth
-        return projected[b, p][start:start + depth]
+        vector = projected[b, p][start:start + depth]
+        if index == 0 and layer.query_norm == 'softmax':
+            return vector.exp() / sum(number.exp() for number in vector)
+        if index == 0 and layer.query_norm == 'rms':
+            return vector / (sum(number ** 2 for number in vector) / depth + 1e-6) ** 0.5
+        return vector
 
     columns, content = {}, {}
     for b in range(batch):
@@ -104,6 +109,7 @@ def outputs_and_gradients(function, layer: GlobalSelfAttention, x: torch.Tensor)
     return [out, *torch.autograd.grad((out * probe).sum(), [x, *layer.parameters()])]
 
 
+@pytest.mark.parametrize('query_norm', [None, 'softmax', 'rms'])
 @pytest.mark.parametrize('built, size, kwargs, training', [
     ((1, 1), (1, 1), {}, False),
     ((4, 3), (4, 3), {}, True),
@@ -115,8 +121,8 @@ def outputs_and_gradients(function, layer: GlobalSelfAttention, x: torch.Tensor)
     ((4, 2), (2, 4), {}, True),  # one axis larger, the other smaller
     ((3, 1), (1, 3), {}, False),  # to and from one position
 ])
-def test_equals_loops_over_positions(built, size, kwargs, training):
-    layer = layer_of(built, **kwargs).train(training)
+def test_equals_loops_over_positions(built, size, kwargs, training, query_norm):
+    layer = layer_of(built, query_norm=query_norm, **kwargs).train(training)
     x = image(*size)
     ours = outputs_and_gradients(lambda layer, x: layer(x), layer, x)
     theirs = outputs_and_gradients(loops, layer, x)

@@ -68,7 +68,7 @@ def test_state_dict_has_the_promised_names_and_shapes(name):
 
 def test_qkv_holds_query_key_and_value_in_this_order():
     """A channel of the value alone reaches the content output of its own channel only."""
-    layer = GlobalSelfAttention(4, (3, 3), num_heads=2).eval()
+    layer = GlobalSelfAttention(4, (3, 3), num_heads=2, query_norm=None).eval()
     nn.init.zeros_(layer.qkv.weight)
     nn.init.zeros_(layer.rel_h)
     nn.init.zeros_(layer.rel_w)
@@ -167,6 +167,7 @@ def test_a_state_dict_carries_the_whole_layer(make, channels, tmp_path):
     (lambda: GlobalSelfAttention(30, 4), 'num_heads must divide dim = 30, got 8'),
     (lambda: GlobalSelfAttention(32, 4, num_heads=0), 'num_heads must divide dim = 32, got 0'),
     (lambda: GlobalSelfAttention(32, 4, stride=3), 'stride must be 1 or 2, got 3'),
+    (lambda: GlobalSelfAttention(32, 4, query_norm='l2'), "query_norm must be None, 'softmax' or 'rms', got 'l2'"),
     (lambda: GlobalSelfAttention(32, 0), 'feat_size must be positive, got 0'),
     (lambda: GlobalSelfAttention(32, (4, -1)), r'feat_size must be positive, got \(4, -1\)'),
     (lambda: PriorAttention(32, stride=0), 'stride must be 1 or 2, got 0'),

@@ -19,6 +19,7 @@ from ..ops import (
 )
 from ..ops._paths import compiled_for_cpu, eager_on_cpu, records_gradients, triton_serves
 from ..ops.global_attention import by_stride
+from ..ops.query_norm import check_query_norm, normalise_query
 from ._norm import affine_of, watched
 
 __all__ = ['GlobalSelfAttention']
@@ -28,10 +29,11 @@ __all__ = ['GlobalSelfAttention']
 class GlobalSelfAttention(nn.Module):
     """Global self-attention over a feature map, in place of a spatial convolution.
 
+    query = normalise_query(query)
     out = content(query, key, value) + row(query, norm(column(query, value)))
 
-    with the three operations of `timm_gsa.ops` (`content_attention`, `column_attention`, `row_attention`). No output
-    projection, no residual and no final norm: the network around it brings those. With `stride` 2 the attention runs
+    with the operations of `timm_gsa.ops` (`normalise_query`, `content_attention`, `column_attention`,
+    `row_attention`). No output projection, no residual and no final norm: the network around it brings those. With `stride` 2 the attention runs
     at the input size and a 2 x 2 average pool follows.
 
     The two position tables are built for maps of `feat_size`; any other size runs too, on tables resampled along
@@ -39,8 +41,9 @@ class GlobalSelfAttention(nn.Module):
     size by the same resampling.
 
     Verified: parameter counts and multiply-adds of networks built from it agree with the values believed to be the
-    paper's. Our choice, as the paper's text was not readable for us: no bias and no norm on query, key and value,
-    initialisation (std dim ** -0.5 for the projection, (dim / num_heads) ** -0.5 for the tables), pooling of odd maps
+    paper's. Our choice, as the paper's text was not readable for us: `query_norm` (a reader of the paper reports none;
+    without one, query, table and value multiply twice, and networks of 50 layers overflow on single photos), no bias on
+    query, key and value, no norm on key and value, initialisation (std dim ** -0.5 for the projection, (dim / num_heads) ** -0.5 for the tables), pooling of odd maps
     (the last, narrower window averages what it covers, so sizes agree with a stride-2 shortcut) and resampling.
 
     Args:
@@ -52,6 +55,7 @@ class GlobalSelfAttention(nn.Module):
         norm_layer: Norm between the column and the row step, over all C channels.
         branches: 'both', or 'content' or 'position' for that branch alone, as ablations have it: content without tables
             and norm, position without a key.
+        query_norm: Norm of the query over the channels of a head: 'rms', 'softmax' or None for the bare equation.
 
     Shape:
         Input (B, C, H, W); output (B, C, ceil(H / stride), ceil(W / stride)). Parameters: `qkv` a 1 x 1 convolution
@@ -60,7 +64,7 @@ class GlobalSelfAttention(nn.Module):
 
     Raises:
         ValueError: `dim` is not a multiple of `num_heads`, `stride` is neither 1 nor 2, `feat_size` is not positive, or
-            `branches` is none of the three.
+            `branches` or `query_norm` is none of those above.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class GlobalSelfAttention(nn.Module):
             qkv_bias: bool = False,
             norm_layer: LayerType = nn.BatchNorm2d,
             branches: str = 'both',
+            query_norm: str | None = 'rms',
             device: Any = None,
             dtype: torch.dtype | None = None,
     ) -> None:
@@ -86,8 +91,10 @@ class GlobalSelfAttention(nn.Module):
             raise ValueError(f'feat_size must be positive, got {feat_size}')
         if branches not in ('both', 'content', 'position'):
             raise ValueError(f"branches must be 'both', 'content' or 'position', got {branches!r}")
+        check_query_norm(query_norm)
         self.dim = dim
         self.branches = branches
+        self.query_norm = query_norm
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.stride = stride
@@ -124,7 +131,15 @@ class GlobalSelfAttention(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def project(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Query, key and value of a map (B, C, H, W), each (B, heads, C / heads, H, W); no key for position alone."""
+        """Normalised query, key and value of a map (B, C, H, W), each (B, heads, C / heads, H, W).
+
+        There is no key for position alone.
+        """
+        parts = self._projected(x)
+        parts[0] = normalise_query(parts[0], self.query_norm)
+        return parts
+
+    def _projected(self, x: torch.Tensor) -> list[torch.Tensor]:
         batch, _, height, width = x.shape
         if not torch.jit.is_scripting():
             if self._projects_in_parts(x):
@@ -154,7 +169,8 @@ class GlobalSelfAttention(nn.Module):
                 rel_h = resize_relative_table(self.rel_h, x.shape[-2])
                 rel_w = resize_relative_table(self.rel_w, x.shape[-1])
                 return global_attention(
-                    x, self.qkv.weight[:, :, 0, 0], self.qkv.bias, rel_h, rel_w, *affine, self.stride)
+                    x, self.qkv.weight[:, :, 0, 0], self.qkv.bias, rel_h, rel_w, *affine, self.stride,
+                    self.query_norm)
         return self._attend(x)
 
     def _attend(self, x: torch.Tensor) -> torch.Tensor:

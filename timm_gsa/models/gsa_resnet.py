@@ -8,8 +8,8 @@ This is a reconstruction: the body of the paper could not be read and no code of
 * Verified by arithmetic: parameters and multiply-adds of the 38-, 50- and 101-layer networks agree with the values
   believed to be the paper's (14.2 M; 18.1 M and 7.2 GFLOPs; 30.4 M and 12.2 GFLOPs, two FLOPs to a multiply-add).
 * From the paper's Figure 1: two parallel branches that are summed, the column step before the row step, a norm between.
-* Our choice: no bias or norm on query, key and value, 8 heads sharing one table a layer, initialisation, average pool
-  before the norm in blocks that halve the map, 1x1 stride-2 shortcut, resampling of tables, the stem for small images,
+* Our choice: the query's norm over the channels of a head, no bias or norm on key and value, 8 heads sharing one table
+  a layer, initialisation, average pool before the norm in blocks that halve the map, 1x1 stride-2 shortcut, resampling of tables, the stem for small images,
   and the tiny network.
 """
 from typing import Any
@@ -38,6 +38,7 @@ class GSAResNet(AttentionResNet):
         num_heads: Attention heads of every layer.
         attn_stages: Stages that use attention, of 1 to 4; the others keep their convolutions.
         attn_branches: 'both', or the ablations 'content' and 'position' (`GlobalSelfAttention`).
+        query_norm: 'rms', 'softmax' or None: norm of the queries over the channels of a head (`GlobalSelfAttention`).
         img_size: Height and width of the images that position tables are built for; where None 224, with the small
             stem 32.
         **kwargs: Keyword arguments of timm's ResNet; its `stem_type` may also be 'small'.
@@ -49,6 +50,7 @@ class GSAResNet(AttentionResNet):
             num_heads: int = 8,
             attn_stages: tuple[int, ...] = (1, 2, 3, 4),
             attn_branches: str = 'both',
+            query_norm: str | None = 'rms',
             img_size: int | tuple[int, int] | None = None,
             **kwargs: Any,
     ) -> None:
@@ -70,6 +72,7 @@ class GSAResNet(AttentionResNet):
                 stride=conv.stride[0],
                 norm_layer=kwargs.get('norm_layer', nn.BatchNorm2d),
                 branches=attn_branches,
+                query_norm=query_norm,
                 device=conv.weight.device,
                 dtype=conv.weight.dtype,
             )
@@ -128,5 +131,5 @@ def gsa_resnet_tiny(pretrained: bool = False, **kwargs: Any) -> GSAResNet:
     """A GSA-ResNet small enough to train on a CPU, for 64 px images; not from the paper."""
     model_args = dict(
         block=Bottleneck, layers=(1, 1, 1, 1), channels=(32, 64, 128, 128), stem_type='deep', stem_width=12,
-        num_heads=4, img_size=64)
+        num_heads=4, img_size=64, query_norm=None)  # as its weights were trained
     return _create_gsa_resnet('gsa_resnet_tiny', pretrained, **dict(model_args, **kwargs))

@@ -5,6 +5,7 @@ from .gaussian_attention import gaussian_attention, gaussian_attention_reference
 from .global_attention import content_and_row_attention, global_attention, global_attention_reference
 from .neighbourhood import neighbourhood, reflect_pad
 from .position_attention import column_attention, column_attention_reference, resize_relative_table, row_attention
+from .query_norm import normalise_query
 from .relation import coordinates, patch, subtraction
 from .relation_network import (
     difference_moments,
@@ -35,6 +36,7 @@ __all__ = [
     'global_attention',
     'global_attention_reference',
     'neighbourhood',
+    'normalise_query',
     'normed_difference_network',
     'normed_difference_network_reference',
     'patch',

@@ -4,7 +4,7 @@ Source: Shen et al., "Global Self-Attention Networks for Image Recognition", arX
 """
 import torch
 
-from ._paths import compiled_for_cpu, eager_on_cpu, register_gradients, register_triton, triton_attends
+from ._paths import register_gradients, triton_attends
 
 __all__ = ['content_attention', 'content_attention_reference']
 
@@ -27,9 +27,8 @@ def content_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     """
     if not torch.jit.is_scripting():
         tensors = query, key, value
-        by_triton = query.shape == value.shape and triton_attends(*tensors)
-        if eager_on_cpu(*tensors) or compiled_for_cpu(*tensors) or by_triton:
-            return _image_by_image(query, key, value)
+        if query.shape == value.shape and triton_attends(*tensors):
+            return _on_gpu(query, key, value)
     return _content_attention(query, key, value)
 
 
@@ -52,59 +51,28 @@ def _normalised_key(key: torch.Tensor) -> torch.Tensor:
     return key.flatten(3).softmax(-1, dtype=wide)
 
 
-@torch.library.custom_op('timm_gsa::content_attention', mutates_args=(), device_types='cpu')
-def _image_by_image(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """`content_attention` image by image, so that all that lies between stays in the cache and no weights are kept.
+@torch.library.custom_op('timm_gsa::content_attention', mutates_args=(), device_types='cuda')
+def _on_gpu(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    from ._global_attention_triton import content  # imports Triton
 
-    An operator, as otherwise slices of a common projection, whose images are not adjacent, would be copied.
-    """
-    out = _like_part_of_value(query, key, value)
-    for image in range(len(value)):
-        context = torch.bmm(value[image].flatten(2), _weight(key[image].flatten(2)).mT)
-        _product(context, query[image].flatten(2), out[image])
-    return out
+    return content(query, key, value)
 
 
-@_image_by_image.register_fake
+@_on_gpu.register_fake
 def _like_part_of_value(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(value[..., :query.shape[-2], :query.shape[-1]])
 
 
-@torch.library.custom_op('timm_gsa::content_attention_backward', mutates_args=(), device_types='cpu')
-def _image_by_image_backward(
+@torch.library.custom_op('timm_gsa::content_attention_backward', mutates_args=(), device_types='cuda')
+def _on_gpu_backward(
         grad: torch.Tensor,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    for image in range(len(value)):
-        g, q, k, v = (x[image].flatten(2) for x in (grad, query, key, value))
-        grad_query, grad_key, grad_value = (x[image] for x in grads)
-        weight = _weight(k)
-        context = torch.bmm(v, weight.mT)
-        grad_context = torch.bmm(g, q.mT)
-        _product(context.mT, g, grad_query)
-        _product(grad_context, weight, grad_value)
-        _product(grad_context.mT, v, grad_key)
-        grad_key -= (grad_context * context).sum(1)[..., None, None]  # the sum of gradients times weights
-        grad_key *= weight.unflatten(2, grad_key.shape[2:])
-    return grads
+    from ._global_attention_triton import content_backward  # imports Triton
+
+    return content_backward(grad, query, key, value)
 
 
-def _weight(key: torch.Tensor) -> torch.Tensor:
-    """Softmax of keys (heads, d, N) over positions, laid out in memory as they are."""
-    return key.permute(2, 0, 1).softmax(0).permute(1, 2, 0) if key.stride(1) == 1 else key.softmax(-1)
-
-
-def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
-    """Matrix products of all heads, written to a map (heads, channels, H, W)."""
-    if out.is_contiguous():
-        torch.bmm(left, right, out=out.flatten(2))
-    else:
-        out.copy_(torch.bmm(right.mT, left.mT).mT.unflatten(2, out.shape[2:]))
-
-
-register_gradients(_image_by_image, _image_by_image_backward, _content_attention)
-register_triton(_image_by_image, 'content')
-register_triton(_image_by_image_backward, 'content_backward')
+register_gradients(_on_gpu, _on_gpu_backward, _content_attention)

@@ -26,6 +26,7 @@ from .position_attention import (
     is_large,
     row_attention,
 )
+from .query_norm import normalise_query
 
 __all__ = ['by_stride', 'content_and_row_attention', 'global_attention', 'global_attention_reference', 'halved']
 
@@ -39,10 +40,12 @@ def global_attention(
         scale: torch.Tensor,
         shift: torch.Tensor,
         stride: int = 1,
+        query_norm: str | None = None,
 ) -> torch.Tensor:
     """Content attention and axial positional attention in parallel, with a norm that is a fixed affine map.
 
     query, key, value = weight x + bias
+    query = normalise_query(query, query_norm)
     out = content(query, key, value) + row(query, scale * column(query, value, table_h) + shift, table_w)
 
     with `content_attention`, `column_attention` and `row_attention` of C / d heads, then averages of 2 x 2 positions if
@@ -58,20 +61,22 @@ def global_attention(
         scale: Factor of each channel of the values, (C,).
         shift: Summand of each channel, (C,).
         stride: 1, or 2 for a map of half the size.
+        query_norm: None, 'softmax' or 'rms': norm of the queries over the d channels of a head.
 
     Returns:
         Tensor of shape (B, C, ceil(H / stride), ceil(W / stride)) and the memory layout of `x`.
     """
     tensors = [each for each in (x, weight, bias, table_h, table_w, scale, shift) if each is not None]
     if (eager_on_cpu(*tensors) or compiled_for_cpu(*tensors)) and not records_gradients(*tensors):
-        return _image_by_image(x, weight, bias, table_h, table_w, scale, shift, stride)
+        return _image_by_image(x, weight, bias, table_h, table_w, scale, shift, stride, query_norm)
     by_triton = triton_serves(*tensors) and x.dtype != torch.float64 and table_h.shape[1] <= WIDEST_HEAD
     if by_triton and not records_gradients(*tensors):
         query, key, value = _projected(x, weight, bias, table_h.shape[1])
+        query = normalise_query(query, query_norm)
         tables = table_h.to(query.dtype), table_w.to(query.dtype)  # autocast chooses the type of the projection
         out = _fused(query, key, value, *tables, scale, shift).reshape(x.shape)
         return halved(out) if stride == 2 else out
-    return global_attention_reference(x, weight, bias, table_h, table_w, scale, shift, stride)
+    return global_attention_reference(x, weight, bias, table_h, table_w, scale, shift, stride, query_norm)
 
 
 def global_attention_reference(
@@ -83,9 +88,11 @@ def global_attention_reference(
         scale: torch.Tensor,
         shift: torch.Tensor,
         stride: int = 1,
+        query_norm: str | None = None,
 ) -> torch.Tensor:
     """The same as `global_attention` by the operations it consists of."""
     query, key, value = _projected(x, weight, bias, table_h.shape[1])
+    query = normalise_query(query, query_norm)
     column = column_attention(query, value, table_h).reshape(x.shape)
     normed = (column * scale[:, None, None] + shift[:, None, None]).to(value.dtype).reshape(value.shape)
     return content_and_row_attention(query, key, value, normed, table_w, stride).flatten(1, 2)
@@ -197,6 +204,7 @@ def _image_by_image(
         scale: torch.Tensor,
         shift: torch.Tensor,
         stride: int,
+        query_norm: str | None,
 ) -> torch.Tensor:
     """An operator, as the compiler makes calls of matrix products of the steps, with whole batches between them.
 
@@ -207,7 +215,7 @@ def _image_by_image(
     queries along a row ask as one of twice the channels, and two rows have their sum in common.
     """
     if stride == 2 and (x.shape[-2] % 2 or x.shape[-1] % 2):
-        out = halved(_image_by_image(x, weight, bias, table_h, table_w, scale, shift, 1))
+        out = halved(_image_by_image(x, weight, bias, table_h, table_w, scale, shift, 1, query_norm))
         return torch.empty_like(x[..., ::2, ::2]).copy_(out)
     batch, channels, height, width = x.shape
     positions = height * width
@@ -235,6 +243,8 @@ def _image_by_image(
         if bias is not None:
             for projected, summand in zip((query, key.mT, value), bias.split(channels), strict=True):
                 projected += summand
+        if query_norm is not None:
+            query.copy_(normalise_query(query.unflatten(2, (heads, depth)), query_norm, -1).flatten(2))
 
         # Column step: one matrix for each row of queries, and for each column of values and head.
         rows = query.view(count, height, -1).transpose(0, 1).reshape(height, -1, depth)
@@ -283,6 +293,7 @@ def _like_strided_x(
         scale: torch.Tensor,
         shift: torch.Tensor,
         stride: int,
+        query_norm: str | None,
 ) -> torch.Tensor:
     return torch.empty_like(x[..., ::stride, ::stride])
 
