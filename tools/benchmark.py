@@ -49,8 +49,9 @@ from tqdm import tqdm
 
 import timm_gsa
 from timm_gsa import layers, ops
-from timm_gsa.layers import _pool, global_self_attention, prior_attention, san_attention
+from timm_gsa.layers import _pool, prior_attention, san_attention
 from timm_gsa.models import san
+from timm_gsa.ops.gsa import reference as gsa_reference
 
 OURS = ('gsa_resnet50', 'san10_patchwise', 'san10_pairwise', 'priorattn_resnet50')
 PEERS = ('halonet26t', 'botnet26t_256', 'lambda_resnet26t')
@@ -152,33 +153,13 @@ def least_bytes(batch: int, channels: int, side: int, kernel_size: int, itemsize
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
     """Within it, our layers compute as the papers are usually written down: unfold, one-hot products, dense maps."""
-    def row_attention_reference(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        turned = ops.column_attention_reference(query.transpose(-1, -2), value.transpose(-1, -2), table)
-        return turned.transpose(-1, -2)
-
-    def content_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        context = value.flatten(3) @ key.flatten(3).softmax(-1).mT
-        return (context @ query.flatten(3)).reshape(value.shape)
-
-    def content_and_row_attention(query: torch.Tensor, key: torch.Tensor, *more: Any) -> torch.Tensor:
-        value, column, table, stride = more
-        out = content_attention(query, key, value) + row_attention_reference(query, column, table)
-        if stride == 1:
-            return out
-        return F.avg_pool2d(out.flatten(1, 2), 2, ceil_mode=True, count_include_pad=False).unflatten(1, out.shape[1:3])
-
-    with replaced(
+    with timm_gsa.use_backend('reference'), replaced(
         (san_attention, 'aggregation', ops.aggregation_reference),
         (san_attention, 'eager_on_cpu', lambda *tensors: False),
         (san_attention, 'inference_on_cpu', lambda *tensors: False),
         (san_attention, 'kernels_serve', lambda *tensors: False),
         (san, 'inference_on_cpu', lambda *tensors: False),
         (_pool, 'inference_on_cpu', lambda *tensors: False),
-        (global_self_attention, 'records_gradients', lambda *tensors: True),
-        (global_self_attention, 'column_attention', ops.column_attention_reference),
-        (global_self_attention, 'content_and_row_attention', content_and_row_attention),
-        (global_self_attention, 'content_attention', content_attention),
-        (global_self_attention, 'row_attention', row_attention_reference),
         (prior_attention, 'gaussian_attention', ops.gaussian_attention_reference),
     ):
         yield
@@ -389,11 +370,11 @@ def operation_groups(setting: Setting, batch: int) -> Groups:
             return lambda q, v, t: row(q, column(q, v, t), t)
 
         def row_reference(q: torch.Tensor, v: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return ops.column_attention_reference(q.transpose(-1, -2), v.transpose(-1, -2), t).transpose(-1, -2)
+            return gsa_reference.column_attention(q.transpose(-1, -2), v.transpose(-1, -2), t).transpose(-1, -2)
 
         inputs = (query, value, table)
         return {
-            'one-hot einsum': way(both(ops.column_attention_reference, row_reference), inputs),
+            'one-hot einsum': way(both(gsa_reference.column_attention, row_reference), inputs),
             'ours': way(setting.code(both(ops.column_attention, ops.row_attention)), inputs),
         }
 

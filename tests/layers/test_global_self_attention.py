@@ -3,11 +3,14 @@ import copy
 import math
 
 import pytest
+import timm
 import torch
 import torch.nn as nn
+import torch.nn.utils.prune
 
-import timm_gsa.layers.global_self_attention as module
+from timm_gsa import explain, use_backend
 from timm_gsa.layers import GlobalSelfAttention
+from timm_gsa.ops import resize_relative_table
 
 
 def layer_of(feat_size: int | tuple[int, int], **kwargs) -> GlobalSelfAttention:
@@ -157,11 +160,9 @@ def test_channels_last_gives_the_same():
 # Tables and sizes
 
 
-def test_its_own_size_uses_the_tables_as_they_are(monkeypatch):
-    layer = layer_of((4, 3)).eval()
-    expected = layer(image(4, 3))
-    monkeypatch.setattr(module, 'resize_relative_table', lambda table, length: table)
-    assert torch.equal(layer(image(4, 3)), expected)
+def test_its_own_size_uses_the_tables_as_they_are():
+    layer = layer_of((4, 3))
+    assert resize_relative_table(layer.rel_h, 4) is layer.rel_h and resize_relative_table(layer.rel_w, 3) is layer.rel_w
 
 
 @pytest.mark.parametrize('old, new', [((4, 3), (7, 6)), ((7, 6), (4, 3)), ((4, 7), (7, 4)), ((5, 5), (1, 9))])
@@ -224,57 +225,102 @@ def test_initialisation_has_the_documented_scale():
     assert not layer.qkv.bias.any()
 
 
-@pytest.fixture
-def in_one(monkeypatch):
-    """Counts how often all steps are computed in one operation."""
-    calls, function = [], module.global_attention
-    monkeypatch.setattr(module, 'global_attention', lambda *args: calls.append(1) or function(*args))
-    return calls
+def forms(layer: nn.Module, x: torch.Tensor) -> list[str]:
+    """What computes a layer: names of operations and their forms."""
+    return [f'{choice.operation}: {choice.form}' for choice in explain(nn.Sequential(layer), x)['0']]
 
 
+@pytest.mark.parametrize('query_norm', [None, 'softmax', 'rms'])
 @pytest.mark.parametrize('kwargs', [dict(stride=1), dict(stride=2), dict(qkv_bias=True)])
 @pytest.mark.parametrize('size', [(6, 6), (5, 9), (1, 1)])
-def test_inference_in_one_operation_agrees_with_the_steps(in_one, size, kwargs):
-    layer, x = layer_of(6, **kwargs).eval(), image(*size)
+def test_inference_in_one_operation_agrees_with_the_steps(size, kwargs, query_norm):
+    layer, x = layer_of(6, query_norm=query_norm, **kwargs).eval(), image(*size)
     expected = layer(x)
-    assert not in_one and expected.requires_grad
+    assert 'global_self_attention: cpu' not in forms(layer, x) and expected.requires_grad
     with torch.no_grad():
         torch.testing.assert_close(layer(x), expected.detach())
-    assert in_one
+        assert forms(layer, x) == ['global_self_attention: cpu']
+
+
+def biased(layer):
+    layer.qkv.bias = nn.Parameter(torch.randn(18, dtype=torch.float64))
+
+
+def padded(layer):
+    layer.qkv = nn.Conv2d(6, 18, 3, padding=1, dtype=torch.float64)
+
+
+def patched(layer):
+    forward = layer.qkv.forward
+    layer.qkv.forward = lambda x: 2 * forward(x)
 
 
 @pytest.mark.parametrize('change', [
     lambda layer: layer.norm.train(),
     lambda layer: setattr(layer, 'norm', nn.GroupNorm(1, 6).double()),
+    lambda layer: setattr(layer, 'norm', timm.layers.BatchNormAct2d(6).double().eval()),
     lambda layer: layer.norm.register_forward_hook(lambda norm, args, out: 2 * out),
     lambda layer: layer.norm.register_forward_pre_hook(lambda norm, args: (args[0] + 1,)),
+    lambda layer: layer.norm.register_full_backward_hook(lambda norm, given, returned: None),
     lambda layer: layer.qkv.register_forward_hook(lambda qkv, args, out: 2 * out),
+    lambda layer: layer.qkv.register_full_backward_pre_hook(lambda qkv, grads: None),
+    lambda layer: torch.nn.utils.parametrizations.weight_norm(layer.qkv),
+    lambda layer: torch.nn.utils.weight_norm(layer.qkv),
+    lambda layer: torch.nn.utils.spectral_norm(layer.qkv),
+    lambda layer: torch.nn.utils.prune.l1_unstructured(layer.qkv, 'weight', 0.5),
     lambda layer: setattr(layer, 'qkv', nn.Sequential(layer.qkv)),
+    padded,
+    patched,
 ])
-def test_layers_changed_by_hand_go_step_by_step(in_one, change):
+@pytest.mark.filterwarnings('ignore:.*weight_norm')
+def test_layers_changed_by_hand_go_step_by_step(change):
+    torch.manual_seed(0)
     layer, x = layer_of(6).eval(), image(6, 6)
     change(layer)
-    expected = copy.deepcopy(layer)(x).detach()
+    with use_backend('torch'), torch.no_grad():
+        expected = layer(x)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), expected)
-    assert not in_one
+        assert 'global_self_attention: cpu' not in forms(layer, x)
 
 
-@pytest.mark.parametrize('kwargs', [{}, dict(qkv_bias=True), dict(branches='position'), dict(branches='content')])
-def test_a_projection_that_is_watched_and_one_in_parts_agree(monkeypatch, kwargs):
-    layer, x = layer_of(6, **kwargs).train(), image(6, 6)
-    calls = []
-    monkeypatch.setattr(module.F, 'conv2d', lambda *args, f=module.F.conv2d: calls.append(1) or f(*args))
+def test_a_bias_given_by_hand_is_added():
+    layer, x = layer_of(6).eval(), image(6, 6)
+    before = layer(x)
+    biased(layer)
+    with torch.no_grad():
+        out = layer(x)
+        with use_backend('reference'):
+            torch.testing.assert_close(out, layer(x))
+    assert not torch.allclose(out, before)
 
-    def gradients():
-        leaf = x.clone().requires_grad_()
-        out = layer(leaf)
-        return [out, *torch.autograd.grad((out * image(6, 6)).sum(), [leaf, *layer.parameters()])]
 
-    expected = gradients()
-    assert len(calls) == (2 if layer.branches == 'position' else 3)
-    calls.clear()
+def test_global_hooks_see_the_projection_and_the_norm():
+    layer, x = layer_of(6).eval(), image(6, 6)
     seen = []
-    layer.qkv.register_forward_hook(lambda qkv, args, output: seen.append(output))
-    torch.testing.assert_close(gradients(), expected)
-    assert len(seen) == 1 and len(calls) == 1
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(type(module)))
+    try:
+        with torch.no_grad():
+            layer(x)
+    finally:
+        handle.remove()
+    assert seen == [nn.Conv2d, nn.BatchNorm2d, GlobalSelfAttention]
+
+
+@pytest.mark.parametrize('train', [False, True])
+def test_backward_hooks_of_the_projection_fire(train):
+    layer, x = layer_of(6).train(train), image(6, 6).requires_grad_()
+    seen = []
+    layer.qkv.register_full_backward_hook(lambda module, given, returned: seen.append(returned[0].shape))
+    layer(x).sum().backward()
+    assert seen == [(2, 18, 6, 6)]
+
+
+@pytest.mark.parametrize('traced', [(4, 4), (6, 3), (1, 1), (9, 9)])
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning', 'ignore::DeprecationWarning', 'ignore::FutureWarning')
+def test_a_trace_holds_at_every_size(traced):
+    """Also one that was made at the size the tables are built for, or at a single position."""
+    layer = layer_of((4, 4)).eval()
+    trace = torch.jit.trace(layer, image(*traced), check_trace=False)
+    for size in [(4, 4), (6, 3), (3, 8), (9, 9), (1, 1), (2, 1)]:
+        torch.testing.assert_close(trace(image(*size)), layer(image(*size)))

@@ -7,7 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import timm_gsa
 from timm_gsa.layers import GlobalSelfAttention
-from timm_gsa.ops import column_attention_reference, content_attention_reference
+from timm_gsa.ops.gsa.reference import column_attention as column_attention_reference
+from timm_gsa.ops.gsa.reference import content_attention as content_attention_reference
 
 
 def layer(branches: str, stride: int = 1) -> GlobalSelfAttention:

@@ -3,7 +3,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_gsa.ops import content_attention, content_attention_reference
+from timm_gsa.ops import content_attention
+from timm_gsa.ops.gsa.reference import content_attention as content_attention_reference
 
 from ..gradients import heads_in, outputs_and_gradients
 

@@ -12,9 +12,9 @@ import torch
 
 from timm_gsa.layers import GlobalSelfAttention
 from timm_gsa.ops import column_attention, content_attention, global_attention, row_attention
-from timm_gsa.ops.content_attention import _content_attention as plain_content
-from timm_gsa.ops.global_attention import _plain_gather as plain_gather
-from timm_gsa.ops.position_attention import _column_attention as plain_column
+from timm_gsa.ops.gsa.plain import column_attention as plain_column
+from timm_gsa.ops.gsa.plain import content_and_row_attention as plain_gather
+from timm_gsa.ops.gsa.plain import content_attention as plain_content
 
 from .triton_runs import (
     INTERPRETED,
@@ -26,8 +26,8 @@ from .triton_runs import (
     spilled,
 )
 
-paths = importlib.import_module("timm_gsa.ops._paths")
-KERNELS = "timm_gsa.ops._global_attention_triton"
+backend = importlib.import_module("timm_gsa.ops._backend")
+KERNELS = "timm_gsa.ops.gsa.triton_attention"
 
 # Heads, channels of a head, height and width, layout: heads that share a block and that fill one, narrow ones on lines
 # longer than half a tile, lines of one position, of a block and of several, channels that are no power of two.
@@ -120,7 +120,7 @@ def assert_all_agree(kernels: Any, arguments: tuple[Any, ...], dtype: torch.dtyp
 
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paths, "_runs_triton", lambda device: True)
+    monkeypatch.setattr(backend, "_why_no_triton", lambda device: None)
 
 
 def operators(function: Any, *tensors: torch.Tensor) -> list[str]:
@@ -142,9 +142,9 @@ def test_a_gpu_computes_by_operators(on_a_gpu: None) -> None:
     with torch._subclasses.FakeTensorMode():
         query, key, value = torch.empty(3, 2, 4, 8, 6, 5, device="cuda").unbind()
         tables = [torch.empty(2 * length - 1, 8, device="cuda") for length in (6, 5)]
-        assert operators(content_attention, query, key, value) == ["timm_gsa.content_attention.default"]
-        assert operators(column_attention, query, value, tables[0]) == ["timm_gsa.column_attention.default"]
-        assert operators(row_attention, query, value, tables[1]) == ["timm_gsa.column_attention.default"]
+        assert operators(content_attention, query, key, value) == ["timm_gsa.triton_content_attention.default"]
+        assert operators(column_attention, query, value, tables[0]) == ["timm_gsa.triton_column_attention.default"]
+        assert operators(row_attention, query, value, tables[1]) == ["timm_gsa.triton_column_attention.default"]
         wide = torch.empty(2, 1, 80, 6, 5, device="cuda")
         assert operators(content_attention, wide, wide, wide) == []
         assert operators(content_attention, *(x.double() for x in (query, key, value))) == []
@@ -160,8 +160,8 @@ def test_a_gpu_computes_a_layer_at_once_in_inference(on_a_gpu: None) -> None:
         assert out.shape == (2, 16, 3, 3)
         layer = GlobalSelfAttention(16, (6, 5), num_heads=2, device="cuda").eval()
         with torch.no_grad():
-            assert operators(layer, x) == ["timm_gsa.fused_global_attention.default"]
-        names = [f"timm_gsa.{name}_attention.default" for name in ("column", "content_and_row")]
+            assert operators(layer, x) == ["timm_gsa.triton_global_attention.default"]
+        names = [f"timm_gsa.triton_{name}_attention.default" for name in ("column", "content_and_row")]
         assert operators(layer, x) == names
 
 

@@ -6,21 +6,12 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.layers import LayerType, get_norm_layer, register_notrace_module, to_2tuple
 
-from ..ops import (
-    column_attention,
-    content_and_row_attention,
-    content_attention,
-    global_attention,
-    resize_relative_table,
-    row_attention,
-)
-from ..ops._paths import compiled_for_cpu, eager_on_cpu, records_gradients, triton_serves
-from ..ops.global_attention import by_stride
-from ..ops.query_norm import check_query_norm, normalise_query
-from ._norm import affine_of, watched
+from ..ops import column_attention, content_attention, normalise_query, resize_relative_table, row_attention
+from ..ops._backend import short_cut
+from ..ops.gsa import LAYER, content_and_row_attention, halve
+from ..ops.gsa.query_norm import check_query_norm
 
 __all__ = ['GlobalSelfAttention']
 
@@ -32,9 +23,9 @@ class GlobalSelfAttention(nn.Module):
     query = normalise_query(query)
     out = content(query, key, value) + row(query, norm(column(query, value)))
 
-    with the operations of `timm_gsa.ops` (`normalise_query`, `content_attention`, `column_attention`,
-    `row_attention`). No output projection, no residual and no final norm: the network around it brings those. With `stride` 2 the attention runs
-    at the input size and a 2 x 2 average pool follows.
+    with the operations of `timm_gsa.ops` (`normalise_query`, `content_attention`, `column_attention`, `row_attention`).
+    No output projection, no residual and no final norm: the network around it brings those. With `stride` 2 the
+    attention runs at the input size and a 2 x 2 average pool follows.
 
     The two position tables are built for maps of `feat_size`; any other size runs too, on tables resampled along
     their offset axis (`resize_relative_table`). State dicts with tables of other sizes load into the module's own
@@ -42,9 +33,10 @@ class GlobalSelfAttention(nn.Module):
 
     Verified: parameter counts and multiply-adds of networks built from it agree with the values believed to be the
     paper's. Our choice, as the paper's text was not readable for us: `query_norm` (a reader of the paper reports none;
-    without one, query, table and value multiply twice, and networks of 50 layers overflow on single photos), no bias on
-    query, key and value, no norm on key and value, initialisation (std dim ** -0.5 for the projection, (dim / num_heads) ** -0.5 for the tables), pooling of odd maps
-    (the last, narrower window averages what it covers, so sizes agree with a stride-2 shortcut) and resampling.
+    without one, query, table and value multiply twice, and trained networks of 50 layers overflow on single photos), no
+    bias on query, key and value, no norm on key and value, initialisation (std dim ** -0.5 for the projection,
+    (dim / num_heads) ** -0.5 for the tables), pooling of odd maps (the last, narrower window averages what it covers,
+    so sizes agree with a stride-2 shortcut) and resampling.
 
     Args:
         dim: Channels C of input and output.
@@ -135,65 +127,29 @@ class GlobalSelfAttention(nn.Module):
 
         There is no key for position alone.
         """
-        parts = self._projected(x)
+        # Split, not unbind: stacking the gradients would lose channels_last.
+        parts = [part.unflatten(1, [self.num_heads, self.head_dim]) for part in self.qkv(x).split(self.dim, dim=1)]
         parts[0] = normalise_query(parts[0], self.query_norm)
         return parts
 
-    def _projected(self, x: torch.Tensor) -> list[torch.Tensor]:
-        batch, _, height, width = x.shape
-        if not torch.jit.is_scripting():
-            if self._projects_in_parts(x):
-                weights = self.qkv.weight.split(self.dim)
-                biases = [None] * len(weights) if self.qkv.bias is None else self.qkv.bias.split(self.dim)
-                return [
-                    F.conv2d(x, weight, bias).reshape(batch, self.num_heads, self.head_dim, height, width)
-                    for weight, bias in zip(weights, biases, strict=True)
-                ]
-        # Not seen as one tensor of three, as gradients would be stacked, with channels no longer innermost.
-        parts = self.qkv(x).split(self.dim, dim=1)
-        return [part.unflatten(1, [self.num_heads, self.head_dim]) for part in parts]
-
-    @torch.jit.unused
-    def _projects_in_parts(self, x: torch.Tensor) -> bool:
-        """Whether query, key and value have a product each: a CPU would copy their gradients into one."""
-        tensors = x, *self.qkv.parameters()
-        return (
-            type(self.qkv) is nn.Conv2d and not watched(self.qkv)
-            and (eager_on_cpu(*tensors) or compiled_for_cpu(*tensors))
-        )
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            affine = self._affine_norm(x)
-            if affine is not None and self.rel_h is not None and self.rel_w is not None:
-                rel_h = resize_relative_table(self.rel_h, x.shape[-2])
-                rel_w = resize_relative_table(self.rel_w, x.shape[-1])
-                return global_attention(
-                    x, self.qkv.weight[:, :, 0, 0], self.qkv.bias, rel_h, rel_w, *affine, self.stride,
-                    self.query_norm)
-        return self._attend(x)
-
-    def _attend(self, x: torch.Tensor) -> torch.Tensor:
+            out = short_cut(LAYER, self, x)
+            if out is not None:
+                return out
         parts = self.project(x)
-        if self.rel_h is None or self.rel_w is None:
-            return by_stride(content_attention(parts[0], parts[1], parts[2]), self.stride).flatten(1, 2)
-        height, width = x.shape[-2:]
         query, value = parts[0], parts[-1]
+        if self.rel_h is None or self.rel_w is None:
+            return self._pool(content_attention(query, parts[1], value))
+        height, width = x.shape[-2:]
         rel_h = resize_relative_table(self.rel_h, height).to(query.dtype)
         rel_w = resize_relative_table(self.rel_w, width).to(query.dtype)
         column = self.norm(column_attention(query, value, rel_h).reshape(x.shape)).reshape(value.shape)
-        if self.branches == 'both':
-            return content_and_row_attention(query, parts[1], value, column, rel_w, self.stride).flatten(1, 2)
-        return by_stride(row_attention(query, column, rel_w), self.stride).flatten(1, 2)
+        if self.branches == 'position':
+            return self._pool(row_attention(query, column, rel_w))
+        return self._pool(content_and_row_attention(query, parts[1], value, column, rel_w))
 
-    @torch.jit.unused
-    def _affine_norm(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Factor and shift of the norm where inference may compute all in one operation, else None."""
-        tensors = x, *self.parameters()
-        if self.branches != 'both' or type(self.qkv) is not nn.Conv2d or watched(self.qkv, self.norm):
-            return None
-        if records_gradients(*tensors):
-            return None
-        if not (eager_on_cpu(*tensors) or compiled_for_cpu(*tensors) or triton_serves(*tensors)):
-            return None
-        return affine_of(self.norm)
+    def _pool(self, x: torch.Tensor) -> torch.Tensor:
+        """Join the heads; average windows of 2 x 2 positions if the stride is 2."""
+        x = x.flatten(1, 2)
+        return halve(x) if self.stride == 2 else x

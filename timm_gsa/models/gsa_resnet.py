@@ -9,8 +9,8 @@ This is a reconstruction: the body of the paper could not be read and no code of
   believed to be the paper's (14.2 M; 18.1 M and 7.2 GFLOPs; 30.4 M and 12.2 GFLOPs, two FLOPs to a multiply-add).
 * From the paper's Figure 1: two parallel branches that are summed, the column step before the row step, a norm between.
 * Our choice: the query's norm over the channels of a head, no bias or norm on key and value, 8 heads sharing one table
-  a layer, initialisation, average pool before the norm in blocks that halve the map, 1x1 stride-2 shortcut, resampling of tables, the stem for small images,
-  and the tiny network.
+  a layer, initialisation, average pool before the norm in blocks that halve the map, 1x1 stride-2 shortcut, resampling
+  of tables, the stem for small images, and the tiny network.
 """
 from typing import Any
 

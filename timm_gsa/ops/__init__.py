@@ -1,11 +1,17 @@
 """Operations of the three papers as functions on tensors, each beside its plain reference."""
+from ._backend import explain, use_backend
 from .aggregation import aggregation, aggregation_reference
-from .content_attention import content_attention, content_attention_reference
 from .gaussian_attention import gaussian_attention, gaussian_attention_reference, gaussian_weight
-from .global_attention import content_and_row_attention, global_attention, global_attention_reference
+from .gsa import (
+    column_attention,
+    content_and_row_attention,
+    content_attention,
+    global_attention,
+    normalise_query,
+    resize_relative_table,
+    row_attention,
+)
 from .neighbourhood import neighbourhood, reflect_pad
-from .position_attention import column_attention, column_attention_reference, resize_relative_table, row_attention
-from .query_norm import normalise_query
 from .relation import coordinates, patch, subtraction
 from .relation_network import (
     difference_moments,
@@ -22,19 +28,17 @@ __all__ = [
     'aggregation',
     'aggregation_reference',
     'column_attention',
-    'column_attention_reference',
     'content_and_row_attention',
     'content_attention',
-    'content_attention_reference',
     'coordinates',
     'difference_moments',
     'difference_network',
     'difference_network_reference',
+    'explain',
     'gaussian_attention',
     'gaussian_attention_reference',
     'gaussian_weight',
     'global_attention',
-    'global_attention_reference',
     'neighbourhood',
     'normalise_query',
     'normed_difference_network',
@@ -47,4 +51,5 @@ __all__ = [
     'resize_relative_table',
     'row_attention',
     'subtraction',
+    'use_backend',
 ]

@@ -1,29 +1,20 @@
 """When an operation may take a path that writes into buffers of its own."""
 import functools
-import importlib
 import importlib.util
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 __all__ = [
-    'WIDEST_HEAD',
     'compiled_for_cpu',
-    'differentiable_gradients',
     'eager_on_cpu',
     'in_parts',
     'inference_on_cpu',
     'is_exporting',
     'is_known_to_hold',
     'records_gradients',
-    'register_gradients',
-    'register_triton',
-    'triton_attends',
     'triton_serves',
 ]
-
-WIDEST_HEAD = 64  # channels that Triton kernels of heads keep on the chip, of any type and on any device they serve
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -88,16 +79,6 @@ def triton_serves(*tensors: torch.Tensor) -> bool:
     )
 
 
-def triton_attends(*tensors: torch.Tensor) -> bool:
-    """Whether `triton_serves`, and maps of heads (B, heads, d, H, W) and tables are such as its kernels of GSA take."""
-    dtype = tensors[0].dtype
-    return (
-        dtype != torch.float64
-        and all(x.dtype == dtype and (x.dim() != 5 or x.shape[2] <= WIDEST_HEAD) for x in tensors)
-        and triton_serves(*tensors)
-    )
-
-
 @torch.compiler.assume_constant_result
 def _runs_triton(device: torch.device) -> bool:
     # torch.func does not differentiate operators that are registered in Python.
@@ -154,44 +135,3 @@ def in_parts(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, 
     if len(x) * size <= _LARGEST_BLOCK:
         return function(x)
     return torch.cat([function(part) for part in x.split(max(1, _LARGEST_BLOCK // 2 // size))])
-
-
-def differentiable_gradients(
-        function: Any,
-        tensors: tuple[torch.Tensor, ...],
-        grad: torch.Tensor,
-        *more: Any,
-) -> tuple[Any, ...]:
-    """Gradients that are differentiable in turn, of a function of tensors and of arguments that have none."""
-    wanted = [x for x in tensors if x.requires_grad]
-    found = iter(torch.autograd.grad(function(*tensors, *more), wanted, grad, create_graph=True, allow_unused=True))
-    return *(next(found) if x.requires_grad else None for x in tensors), *(None for _ in more)
-
-
-def register_gradients(operator: Any, backward: Any, plain: Callable[..., torch.Tensor]) -> None:
-    """Give an operator of tensors its gradients by another operator, which are like them, and theirs by a plain form.
-
-    Args:
-        operator: From tensors to a tensor.
-        backward: From the gradient of its output and its inputs to theirs; not differentiable.
-        plain: The same as `operator`, by differentiable operations.
-    """
-    def keep_inputs(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    def gradients(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():  # for gradients of gradients
-            return differentiable_gradients(plain, ctx.saved_tensors, grad)
-        return backward(grad, *ctx.saved_tensors)
-
-    operator.register_autograd(gradients, setup_context=keep_inputs)
-    backward.register_fake(lambda grad, *inputs: tuple(map(torch.empty_like, inputs)))
-
-
-def register_triton(operator: Any, name: str) -> None:
-    """Let an operator be computed on a GPU by the function of this name in `_global_attention_triton`."""
-    def compute(*tensors: torch.Tensor) -> Any:
-        kernels = importlib.import_module('._global_attention_triton', __package__)  # imports Triton
-        return getattr(kernels, name)(*tensors)
-
-    operator.register_kernel('cuda')(compute)

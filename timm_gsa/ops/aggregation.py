@@ -7,8 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ._autograd import differentiable_gradients
 from ._innermost import buffered, weighted_sum
-from ._paths import differentiable_gradients, is_exporting, is_known_to_hold, records_gradients, triton_serves
+from ._paths import is_exporting, is_known_to_hold, records_gradients, triton_serves
 from .neighbourhood import joined_reflect_pad, reflect_pad, same_padding, windows
 
 __all__ = ['aggregation', 'aggregation_reference']

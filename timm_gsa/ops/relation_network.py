@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from . import _relation_rows
-from ._paths import differentiable_gradients, is_exporting, triton_serves
+from ._autograd import differentiable_gradients
+from ._paths import is_exporting, triton_serves
 from .aggregation import aggregation
 from .neighbourhood import reflect_pad, same_padding, windows
 from .relation import patch, subtraction

@@ -8,8 +8,8 @@
     gather_backward     its gradients
     fused               `gather` after the column step and an affine map, for inference
 
-`timm_gsa.ops.position_attention`, `content_attention` and `global_attention` register them as what their operators do
-on a GPU, and say what is computed. Importing this module imports Triton.
+gpu.py registers them as operators; the functions of `timm_gsa.ops` say what is computed. Importing this module imports
+Triton.
 
 Bytes. Every kernel reads each of its maps once and writes each result once; logits, of which a map has L times as many
 as positions, never leave the chip. A layer in inference moves 12 maps: its input and the projection (4), key and value
@@ -30,6 +30,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+
+from .._backend import allows_tf32
 
 __all__ = ['attend', 'attend_backward', 'content', 'content_backward', 'fused', 'gather', 'gather_backward']
 
@@ -638,7 +640,7 @@ def _extent(x: torch.Tensor) -> tuple[int, int, int]:
 
 def _precision() -> str:
     """How factors of products are rounded; those of half precision are exact in any case."""
-    return 'tf32' if torch.backends.cuda.matmul.allow_tf32 else 'ieee'
+    return 'tf32' if allows_tf32() else 'ieee'
 
 
 def _line_sizes(query: torch.Tensor, value: torch.Tensor, block: int = _BLOCK) -> dict[str, Any]:

@@ -1,0 +1,409 @@
+"""Chooses the form that computes an operation, and says why. The only file that asks what a call runs on and under.
+
+An operation has at most four forms:
+
+    reference   the textbook formulation, slow, for comparison
+    torch       plain operators of torch: any device, transform, export and trace
+    cpu         loops that keep what they make in the cache of a CPU, in float32 and float64
+    triton      Triton kernels, on a GPU
+
+Each form but the plain one has a verifier: called with the arguments of the operation, it returns None or the reason
+why it cannot compute this call. 'auto' takes the first of triton, cpu and torch that can. `use_backend` asks for another;
+a call that it cannot compute goes by the plain form. `explain` shows what is chosen.
+"""
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+from torch.nn.modules import module as nn_module
+
+__all__ = [
+    'BACKENDS',
+    'Choice',
+    'Form',
+    'Operation',
+    'affine_of',
+    'allows_tf32',
+    'compute',
+    'explain',
+    'is_exporting',
+    'known',
+    'records_gradients',
+    'short_cut',
+    'use_backend',
+    'why_not_available',
+    'why_not_cpu',
+    'why_not_plain_tensors',
+    'why_not_pristine',
+    'why_not_triton',
+]
+
+BACKENDS = ('auto', 'reference', 'torch', 'cpu', 'triton')
+
+WIDEST_HEAD = 64  # channels of a head that Triton kernels keep on the chip, of any dtype, on any device they serve
+
+_CHOSEN: ContextVar[str] = ContextVar('timm_gsa_backend', default='auto')
+_RECORD: ContextVar[list['Choice'] | None] = ContextVar('timm_gsa_choices', default=None)
+
+_PLAIN = (torch.Tensor, nn.Parameter)
+_WIDE = (torch.float32, torch.float64)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Form(NamedTuple):
+    """A form of an operation: what computes it, and the verifier that returns None or why it cannot."""
+
+    compute: Callable[..., Any]
+    why_not: Callable[..., str | None]
+
+
+class Operation(NamedTuple):
+    """An operation and its forms. A short cut through a whole layer has no plain form: that is the layer's equation."""
+
+    name: str
+    reference: Callable[..., Any] | None = None
+    torch: Callable[..., Any] | None = None
+    cpu: Form | None = None
+    triton: Form | None = None
+
+
+class Choice(NamedTuple):
+    """What computed a call: the operation, its form, and why each faster form did not."""
+
+    operation: str
+    form: str
+    reasons: dict[str, str]
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Compute with one backend, in eager mode and in what is compiled inside the context.
+
+    The choice holds for this thread or asynchronous task alone. Calls that the backend cannot compute go by plain
+    operators of torch; `explain` names them.
+
+    Args:
+        name: 'auto' for the fastest form of each call, 'torch' for plain operators, 'reference' for the textbook
+            formulation, 'cpu', or 'triton' (with `TRITON_INTERPRET=1` on CPU tensors, in Triton's interpreter).
+
+    Raises:
+        ValueError: There is no backend of that name.
+        RuntimeError: The backend cannot run here.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f'name must be one of {", ".join(map(repr, BACKENDS))}, got {name!r}')
+    reason = why_not_available(name)
+    if reason is not None:
+        raise RuntimeError(f'backend {name!r} cannot run here: {reason}')
+    token = _CHOSEN.set(name)
+    try:
+        yield
+    finally:
+        _CHOSEN.reset(token)
+
+
+def why_not_available(name: str) -> str | None:
+    """Why a backend cannot run on this machine; None if it can."""
+    if name != 'triton':
+        return None
+    if interprets():
+        return None if importlib.util.find_spec('triton') is not None else 'Triton is not installed'
+    if not torch.cuda.is_available():
+        return 'there is no CUDA device (TRITON_INTERPRET=1 runs the kernels on CPU tensors)'
+    return _why_no_triton(torch.device('cuda', torch.cuda.current_device()))
+
+
+def compute(operation: Operation, *args: Any) -> Any:
+    """Result of an operation, by the form that is chosen for these arguments."""
+    chosen, reasons = _choice(operation, args)
+    form = getattr(operation, chosen)
+    _record(operation.name, chosen, reasons)
+    return (form.compute if isinstance(form, Form) else form)(*args)
+
+
+def short_cut(operation: Operation, layer: nn.Module, *args: Any) -> Any:
+    """Result of a whole layer by a form that does the work of its submodules; None if the layer has to compute it."""
+    chosen, reasons = _choice(operation, (layer, *args))
+    if chosen not in ('cpu', 'triton'):
+        return None
+    _record(operation.name, chosen, reasons)
+    return getattr(operation, chosen).compute(layer, *args)
+
+
+def _choice(operation: Operation, args: tuple[Any, ...]) -> tuple[str, dict[str, str]]:
+    """Name of the form that computes a call, and why forms before it do not."""
+    asked = _asked()
+    if asked == 'reference' or asked == 'torch':
+        return asked, {}
+    reasons: dict[str, str] = {}
+    for name in ('triton', 'cpu'):
+        form = getattr(operation, name)
+        if form is None or asked not in ('auto', name):
+            continue
+        reason = form.why_not(*args)
+        if reason is None:
+            return name, reasons
+        reasons[name] = reason
+    return 'torch', reasons
+
+
+# Dynamo guards on a ContextVar from torch 2.9 on; before, what is compiled keeps the backend of its first call.
+_GUARDS_CONTEXT = tuple(int(part) for part in torch.__version__.split('.')[:2]) >= (2, 9)
+
+
+def _asked() -> str:
+    if _GUARDS_CONTEXT or not torch.compiler.is_compiling():
+        return _CHOSEN.get()
+    return _asked_once()
+
+
+@torch.compiler.assume_constant_result
+def _asked_once() -> str:
+    return _CHOSEN.get()
+
+
+def _record(operation: str, form: str, reasons: dict[str, str]) -> None:
+    if torch.compiler.is_compiling():
+        return
+    record = _RECORD.get()
+    if record is not None:
+        record.append(Choice(operation, form, reasons))
+
+
+def explain(model: nn.Module, images: torch.Tensor) -> dict[str, list[Choice]]:
+    """Run a model once and tell what computes each of its layers, and why the next faster form does not.
+
+    Modes are those of the call: gradients, training and autocast all matter to the choice. A compiled model is run
+    without its compiled code.
+
+    Args:
+        model: Model of this package, or any network with layers of `timm_gsa.layers`.
+        images: Batch of images as the model takes them.
+
+    Returns:
+        For each module that calls operations of this package, by its name in the model, the choices in order.
+    """
+    model = getattr(model, '_orig_mod', model)
+    choices: dict[str, list[Choice]] = {}
+    record: list[Choice] = []
+    stack: list[tuple[str, int]] = []
+
+    def enter(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            stack.append((name, len(record)))
+        return hook
+
+    def leave(*_: Any) -> None:
+        name, start = stack.pop()
+        if len(record) > start:
+            choices.setdefault(name, []).extend(record[start:])
+            del record[start:]
+
+    handles = []
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith(__package__.partition('.')[0] + '.') and name:
+            handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
+    token = _RECORD.set(record)
+    try:
+        model(images)
+    finally:
+        _RECORD.reset(token)
+        for handle in handles:
+            handle.remove()
+    if record:
+        choices[''] = record
+    return choices
+
+
+# What a call runs on and under.
+
+
+def why_not_plain_tensors(*tensors: torch.Tensor) -> str | None:
+    """Why only plain operators of torch may be used: what looks on knows no others."""
+    if torch.jit.is_tracing():
+        return 'torch.jit.trace records plain operators'
+    if is_exporting():
+        return 'an exported program holds plain operators'
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func's transforms take plain operators"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return 'forward-mode AD takes plain operators'
+    for x in tensors:
+        if type(x) not in _PLAIN:
+            return f'{type(x).__name__} takes plain operators'
+    return None
+
+
+def why_not_cpu(*tensors: torch.Tensor) -> str | None:
+    """Why the loops for a CPU cannot compute a call."""
+    reason = why_not_plain_tensors(*tensors)
+    if reason is not None:
+        return reason
+    for x in tensors:
+        if x.device.type != 'cpu':
+            return 'not on a CPU'
+        if x.dtype not in _WIDE:
+            return 'neither float32 nor float64'
+    if torch.is_autocast_enabled('cpu'):
+        return 'autocast chooses other dtypes'
+    if not torch.compiler.is_compiling() and any(x.numel() == 0 for x in tensors):
+        return 'an empty tensor'
+    return None
+
+
+def why_not_triton(*tensors: torch.Tensor, widest: int | None = None) -> str | None:
+    """Why Triton kernels cannot compute a call; `widest`: channels of a head, which they keep on the chip."""
+    device = tensors[0].device
+    interpreted = interprets() and _asked() == 'triton'
+    if device.type != 'cuda' and not (interpreted and device.type == 'cpu'):
+        return 'not on a GPU'
+    reason = why_not_plain_tensors(*tensors)
+    if reason is not None:
+        return reason
+    for x in tensors:
+        if x.device != device:
+            return 'tensors on several devices'
+        if x.dtype not in _FLOATS:
+            return 'no floating point numbers'
+    if widest is not None and widest > WIDEST_HEAD:
+        return f'heads of more than {WIDEST_HEAD} channels'
+    return None if interpreted else _why_no_triton(device)
+
+
+def interprets() -> bool:
+    """True if Triton runs kernels in its interpreter, which it decides when it is imported."""
+    return os.environ.get('TRITON_INTERPRET') == '1'
+
+
+@torch.compiler.assume_constant_result
+def _why_no_triton(device: torch.device) -> str | None:
+    return _triton_on(device)
+
+
+@functools.cache
+def _triton_on(device: torch.device) -> str | None:
+    if torch.version.cuda is None:
+        return 'torch was built without CUDA'
+    if tuple(int(part) for part in torch.__version__.split('.')[:2]) < (2, 8):
+        return 'torch before 2.8'
+    if importlib.util.find_spec('triton') is None:
+        return 'Triton is not installed'
+    # Without a device to ask, tensors are fake: traced for a device elsewhere.
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
+        return 'a device of compute capability below 8.0'
+    return None
+
+
+def allows_tf32() -> bool:
+    """True if float32 products on a GPU may round their factors to TF32, by torch's newer setting or by the older."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, 'fp32_precision'):  # reading the older one may raise if the newer one was set
+        return matmul.fp32_precision == 'tf32'
+    return matmul.allow_tf32
+
+
+def records_gradients(*tensors: torch.Tensor) -> bool:
+    """True if autograd records what is done with tensors."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+@torch.compiler.assume_constant_result  # called as it is: within a graph, torch 2.11 answers True while it compiles
+def is_exporting() -> bool:
+    """True under torch.export, which torch before 2.7 cannot tell: its programs hold the form for the compiler."""
+    return getattr(torch.compiler, 'is_exporting', bool)()
+
+
+@torch.jit.unused
+def known(condition: bool) -> bool:
+    """True if a condition on sizes holds; False if a program that is exported, traced or compiled leaves them open.
+
+    Asking for the condition itself would tie the program to the sizes it is made with, without an error at others.
+    """
+    if torch.jit.is_tracing():
+        return False
+    if not torch.compiler.is_compiling():
+        return condition
+    if torch.compiler.is_dynamo_compiling() and not hasattr(torch.compiler, 'is_exporting'):
+        return condition  # dynamo before torch 2.7 cannot ask the other question
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # takes long to import
+
+    return statically_known_true(condition)
+
+
+# What a short cut may assume of the submodules whose work it does.
+
+_HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+_SIMPLE = (nn.ReLU, nn.Identity)
+_NO_ACT = (type(None), nn.Identity)
+
+
+def why_not_pristine(layer: nn.Module, biases: Mapping[str, bool | None]) -> str | None:
+    """Why a short cut may not do the work of a layer's submodules; None if all are as they were built.
+
+    A submodule is pristine if it is of the very class that the layer builds (`nn.Conv2d` of 1 x 1 pixels, stride 1 and
+    one group; a batch norm without an activation; `nn.ReLU`), nothing watches or changes it (forward, forward-pre,
+    backward and backward-pre hooks, global ones too, parametrizations, a patched `forward`), and its parameters are its
+    own.
+
+    Args:
+        layer: The layer.
+        biases: Names of its submodules; True or False if a convolution must or must not have a bias, None if both do.
+    """
+    for name in _HOOKS:
+        if getattr(nn_module, f'_global{name}', None):
+            return 'a global hook watches every module'
+    for name, bias in biases.items():
+        module = getattr(layer, name)
+        reason = _why_not_own_class(module, bias)
+        if reason is None and any(getattr(module, hooks) for hooks in _HOOKS):
+            reason = 'has a hook'
+        if reason is None and 'forward' in module.__dict__:
+            reason = 'has a patched forward'
+        if reason is not None:
+            return f'{name} {reason}'
+    return None
+
+
+def _why_not_own_class(module: Any, bias: bool | None) -> str | None:
+    if type(module) is nn.Conv2d:
+        if module._parameters.get('weight') is None:
+            return 'has a weight that is no parameter of it'
+        if (module.kernel_size, module.stride, module.groups, module.padding) != ((1, 1), (1, 1), 1, (0, 0)):
+            return 'is no 1 x 1 convolution of stride 1 and one group'
+        if bias is not None and (module.bias is not None) != bias:
+            return 'has a bias' if module.bias is not None else 'has no bias'
+        return None
+    if isinstance(module, nn.BatchNorm2d):
+        from timm.layers import BatchNormAct2d
+
+        own = type(module) is nn.BatchNorm2d or type(module) is BatchNormAct2d
+        plain = isinstance(getattr(module, 'act', None), _NO_ACT) and isinstance(getattr(module, 'drop', None), _NO_ACT)
+        return None if own and plain else f'is a {type(module).__name__}'
+    return None if type(module) in _SIMPLE else f'is a {type(module).__name__}'
+
+
+def affine_of(norm: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Factor and shift of each channel, (C,) in at least float32, of a batch norm that uses its running statistics.
+
+    None if the norm is no such map: in training mode, without running statistics, of another kind, or with an
+    activation in it.
+    """
+    mean, variance = getattr(norm, 'running_mean', None), getattr(norm, 'running_var', None)
+    if norm.training or mean is None or variance is None or not isinstance(getattr(norm, 'act', None), _NO_ACT):
+        return None
+    wide = torch.float64 if mean.dtype == torch.float64 else torch.float32
+    scale = (variance.to(wide) + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.to(wide)
+    shift = -mean.to(wide) * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.to(wide)
+    return scale, shift
