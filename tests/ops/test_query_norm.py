@@ -22,7 +22,8 @@ def test_equals_the_definitions_channel_by_channel():
 @pytest.mark.parametrize('norm', NORMS)
 def test_takes_any_axis(norm):
     query = torch.randn(2, 3, 4, 5, 6, dtype=torch.float64)
-    torch.testing.assert_close(normalise_query(query.movedim(2, -1), norm, -1), normalise_query(query, norm).movedim(2, -1))
+    moved = normalise_query(query.movedim(2, -1), norm, -1)
+    torch.testing.assert_close(moved, normalise_query(query, norm).movedim(2, -1))
 
 
 @pytest.mark.parametrize('norm', NORMS)

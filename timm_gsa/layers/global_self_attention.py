@@ -47,7 +47,7 @@ class GlobalSelfAttention(nn.Module):
         norm_layer: Norm between the column and the row step, over all C channels.
         branches: 'both', or 'content' or 'position' for that branch alone, as ablations have it: content without tables
             and norm, position without a key.
-        query_norm: Norm of the query over the channels of a head: 'rms', 'softmax' or None for the bare equation.
+        query_norm: Norm of the query over the channels of a head: 'softmax', 'rms' or None for the bare equation.
 
     Shape:
         Input (B, C, H, W); output (B, C, ceil(H / stride), ceil(W / stride)). Parameters: `qkv` a 1 x 1 convolution
@@ -68,7 +68,7 @@ class GlobalSelfAttention(nn.Module):
             qkv_bias: bool = False,
             norm_layer: LayerType = nn.BatchNorm2d,
             branches: str = 'both',
-            query_norm: str | None = 'rms',
+            query_norm: str | None = 'softmax',
             device: Any = None,
             dtype: torch.dtype | None = None,
     ) -> None:

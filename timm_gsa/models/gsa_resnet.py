@@ -38,7 +38,7 @@ class GSAResNet(AttentionResNet):
         num_heads: Attention heads of every layer.
         attn_stages: Stages that use attention, of 1 to 4; the others keep their convolutions.
         attn_branches: 'both', or the ablations 'content' and 'position' (`GlobalSelfAttention`).
-        query_norm: 'rms', 'softmax' or None: norm of the queries over the channels of a head (`GlobalSelfAttention`).
+        query_norm: 'softmax', 'rms' or None: norm of the queries over the channels of a head (`GlobalSelfAttention`).
         img_size: Height and width of the images that position tables are built for; where None 224, with the small
             stem 32.
         **kwargs: Keyword arguments of timm's ResNet; its `stem_type` may also be 'small'.
@@ -50,7 +50,7 @@ class GSAResNet(AttentionResNet):
             num_heads: int = 8,
             attn_stages: tuple[int, ...] = (1, 2, 3, 4),
             attn_branches: str = 'both',
-            query_norm: str | None = 'rms',
+            query_norm: str | None = 'softmax',
             img_size: int | tuple[int, int] | None = None,
             **kwargs: Any,
     ) -> None:

@@ -8,8 +8,8 @@ An operation has at most four forms:
     triton      Triton kernels, on a GPU
 
 Each form but the plain one has a verifier: called with the arguments of the operation, it returns None or the reason
-why it cannot compute this call. 'auto' takes the first of triton, cpu and torch that can. `use_backend` asks for another;
-a call that it cannot compute goes by the plain form. `explain` shows what is chosen.
+why it cannot compute this call. 'auto' takes the first of triton, cpu and torch that can. `use_backend` asks for one; a
+call that it cannot compute goes by the plain form. `explain` shows what is chosen.
 """
 import functools
 import importlib.util
