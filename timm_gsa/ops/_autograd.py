@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-__all__ = ['differentiable_gradients', 'operator']
+__all__ = ['differentiable_gradients', 'gradients', 'implement', 'like', 'operator', 'plain_gradients']
 
 _LIBRARY = torch.library.Library('timm_gsa', 'DEF')
 
@@ -88,6 +88,16 @@ def differentiable_gradients(
     wanted = [x for x in aliases if x.requires_grad]
     found = iter(torch.autograd.grad(function(*aliases, *more), wanted, grad, create_graph=True, allow_unused=True))
     return *(next(found) if x.requires_grad else None for x in aliases), *(None for _ in more)
+
+
+def plain_gradients(function: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """Gradients of a function of tensors from that of its result and the tensors, for the inside of an operator."""
+    def compute(grad: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with torch.enable_grad():
+            _, vjp = torch.func.vjp(function, *tensors)
+            return tuple(like(found, x) for found, x in zip(vjp(grad), tensors, strict=True))
+
+    return compute
 
 
 def like(x: torch.Tensor, pattern: torch.Tensor) -> torch.Tensor:

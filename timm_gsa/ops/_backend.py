@@ -30,6 +30,7 @@ __all__ = [
     'Operation',
     'affine_of',
     'allows_tf32',
+    'chooses_by_speed',
     'compute',
     'explain',
     'is_exporting',
@@ -153,6 +154,11 @@ def _choice(operation: Operation, args: tuple[Any, ...]) -> tuple[str, dict[str,
     return 'torch', reasons
 
 
+def chooses_by_speed() -> bool:
+    """True unless the user named a backend: then a form that can compute a call does, even if another is faster."""
+    return _asked() == 'auto'
+
+
 # Dynamo guards on a ContextVar from torch 2.9 on; before, what is compiled keeps the backend of its first call.
 _GUARDS_CONTEXT = tuple(int(part) for part in torch.__version__.split('.')[:2]) >= (2, 9)
 
@@ -259,8 +265,14 @@ def why_not_cpu(*tensors: torch.Tensor) -> str | None:
     return None
 
 
-def why_not_triton(*tensors: torch.Tensor, widest: int | None = None) -> str | None:
-    """Why Triton kernels cannot compute a call; `widest`: channels of a head, which they keep on the chip."""
+def why_not_triton(family: str, *tensors: torch.Tensor, widest: int | None = None) -> str | None:
+    """Why Triton kernels cannot compute a call.
+
+    Args:
+        family: Whose kernels; before 'auto' takes them on a device, they have to pass their check.
+        *tensors: What they are given.
+        widest: Channels of a head, which kernels keep on the chip.
+    """
     device = tensors[0].device
     interpreted = interprets() and _asked() == 'triton'
     if device.type != 'cuda' and not (interpreted and device.type == 'cpu'):
@@ -275,7 +287,12 @@ def why_not_triton(*tensors: torch.Tensor, widest: int | None = None) -> str | N
             return 'no floating point numbers'
     if widest is not None and widest > WIDEST_HEAD:
         return f'heads of more than {WIDEST_HEAD} channels'
-    return None if interpreted else _why_no_triton(device)
+    if interpreted:
+        return None
+    reason = _why_no_triton(device)
+    if reason is None and chooses_by_speed():
+        return _why_not_proven(family, tensors[0].dtype, device)
+    return reason
 
 
 def interprets() -> bool:
@@ -288,6 +305,15 @@ def _why_no_triton(device: torch.device) -> str | None:
     return _triton_on(device)
 
 
+@torch.compiler.assume_constant_result
+def _why_not_proven(family: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    if not torch.cuda.is_available():  # tensors are fake
+        return None
+    from ._kernels import why_not_proven
+
+    return why_not_proven(family, dtype, device)
+
+
 @functools.cache
 def _triton_on(device: torch.device) -> str | None:
     if torch.version.cuda is None:
@@ -296,10 +322,13 @@ def _triton_on(device: torch.device) -> str | None:
         return 'torch before 2.8'
     if importlib.util.find_spec('triton') is None:
         return 'Triton is not installed'
-    # Without a device to ask, tensors are fake: traced for a device elsewhere.
-    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
+    if not torch.cuda.is_available():  # tensors are fake: traced for a device elsewhere
+        return None
+    if torch.cuda.get_device_capability(device) < (8, 0):
         return 'a device of compute capability below 8.0'
-    return None
+    from ._kernels import why_not_started
+
+    return why_not_started(device)
 
 
 def allows_tf32() -> bool:

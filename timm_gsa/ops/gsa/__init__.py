@@ -10,6 +10,11 @@ from . import cpu, gpu, plain, reference
 from .query_norm import normalise_query
 
 __all__ = [
+    'COLUMN',
+    'CONTENT',
+    'CONTENT_AND_ROW',
+    'GLOBAL',
+    'HALVE',
     'LAYER',
     'column_attention',
     'content_and_row_attention',
@@ -39,7 +44,7 @@ def content_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
         Tensor of shape (B, heads, e, H', W') and dtype of `value`.
     """
     if not torch.jit.is_scripting():
-        return compute(_CONTENT, query, key, value)
+        return compute(CONTENT, query, key, value)
     return plain.content_attention(query, key, value)
 
 
@@ -64,7 +69,7 @@ def column_attention(query: torch.Tensor, value: torch.Tensor, table: torch.Tens
     """
     _check_table(query, table)
     if not torch.jit.is_scripting():
-        return compute(_COLUMN, query, value, table)
+        return compute(COLUMN, query, value, table)
     return plain.column_attention(query, value, table)
 
 
@@ -97,7 +102,7 @@ def content_and_row_attention(
     """
     _check_table(query.transpose(-1, -2), table)
     if not torch.jit.is_scripting():
-        return compute(_CONTENT_AND_ROW, query, key, value, column, table)
+        return compute(CONTENT_AND_ROW, query, key, value, column, table)
     return plain.content_and_row_attention(query, key, value, column, table)
 
 
@@ -135,7 +140,7 @@ def global_attention(
     Returns:
         Tensor of shape (B, C, ceil(H / stride), ceil(W / stride)) and the memory layout of `x`.
     """
-    return compute(_GLOBAL, x, weight, bias, table_h, table_w, scale, shift, stride, query_norm)
+    return compute(GLOBAL, x, weight, bias, table_h, table_w, scale, shift, stride, query_norm)
 
 
 def halve(x: torch.Tensor) -> torch.Tensor:
@@ -148,7 +153,7 @@ def halve(x: torch.Tensor) -> torch.Tensor:
         Map of shape (B, C, ceil(H / 2), ceil(W / 2)).
     """
     if not torch.jit.is_scripting():
-        return compute(_HALVE, x)
+        return compute(HALVE, x)
     return plain.halve(x)
 
 
@@ -206,26 +211,26 @@ def _global_by_parts(
     return halve(out) if stride == 2 else out
 
 
-_CONTENT = Operation(
+CONTENT = Operation(
     'content_attention', reference.content_attention, plain.content_attention,
     triton=Form(gpu.content_attention, gpu.why_not_attention),
 )
-_COLUMN = Operation(
+COLUMN = Operation(
     'column_attention', reference.column_attention, plain.column_attention,
     cpu=Form(cpu.column_attention, cpu.why_not_column_attention),
     triton=Form(gpu.column_attention, gpu.why_not_attention),
 )
-_CONTENT_AND_ROW = Operation(
+CONTENT_AND_ROW = Operation(
     'content_and_row_attention', reference.content_and_row_attention, plain.content_and_row_attention,
     cpu=Form(cpu.content_and_row_attention, cpu.why_not_content_and_row_attention),
     triton=Form(gpu.content_and_row_attention, gpu.why_not_attention),
 )
-_GLOBAL = Operation(
+GLOBAL = Operation(
     'global_attention', _global_by_parts, _global_by_parts,
     cpu=Form(cpu.global_attention, cpu.why_not_global_attention),
     triton=Form(gpu.global_attention, gpu.why_not_global_attention),
 )
-_HALVE = Operation('halve', reference.halve, plain.halve, cpu=Form(cpu.halve, cpu.why_not_halve))
+HALVE = Operation('halve', reference.halve, plain.halve, cpu=Form(cpu.halve, cpu.why_not_halve))
 
 LAYER = Operation(
     'global_self_attention',

@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .. import _autograd
-from .._backend import affine_of, known, records_gradients, why_not_cpu, why_not_pristine
+from .._backend import affine_of, chooses_by_speed, known, records_gradients, why_not_cpu, why_not_pristine
 from . import plain
 from .query_norm import normalise_query
 
@@ -37,7 +37,7 @@ _MANY = 2 ** 14
 def why_not_column_attention(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> str | None:
     reason = why_not_cpu(query, value, table)
     height, width = query.shape[-2:]
-    if reason is None and not torch.compiler.is_compiling() and height * height * width < _MANY:
+    if reason is None and not torch.compiler.is_compiling() and height * height * width < _MANY and chooses_by_speed():
         return 'a small map, whose logits fit into the cache'
     return reason
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from .. import _autograd
 from .._backend import records_gradients, why_not_triton
+from .._kernels import guarded
 from . import plain
 from .cpu import column_flops, layer_arguments, why_not_whole
 from .query_norm import normalise_query
@@ -22,11 +23,13 @@ __all__ = [
     'why_not_layer',
 ]
 
+_like = _autograd.like
+
 
 def why_not_attention(*tensors: torch.Tensor) -> str | None:
     """Why the kernels cannot compute on maps of heads (B, heads, d, H, W) and tables, all of one dtype."""
     query, value = tensors[0], tensors[-2] if tensors[-1].dim() == 2 else tensors[-1]
-    reason = why_not_triton(*tensors, widest=max(query.shape[2], value.shape[2]))
+    reason = why_not_triton('gsa', *tensors, widest=max(query.shape[2], value.shape[2]))
     if reason is not None:
         return reason
     if query.dtype == torch.float64:
@@ -57,12 +60,14 @@ def content_and_row_attention(
     return _content_and_row_attention(query, key, value, column, table)
 
 
+@guarded(plain.column_attention)
 def _attend(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     from . import triton_attention  # imports Triton
 
     return triton_attention.attend(query, value, table)
 
 
+@guarded(_autograd.plain_gradients(plain.column_attention))
 def _attend_backward(
         grad: torch.Tensor,
         query: torch.Tensor,
@@ -75,12 +80,14 @@ def _attend_backward(
     return _like(grads[0], query), _like(grads[1], value), _like(grads[2], table)
 
 
+@guarded(plain.content_attention)
 def _content(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     from . import triton_attention
 
     return triton_attention.content(query, key, value)
 
 
+@guarded(_autograd.plain_gradients(plain.content_attention))
 def _content_backward(
         grad: torch.Tensor,
         query: torch.Tensor,
@@ -92,6 +99,7 @@ def _content_backward(
     return triton_attention.content_backward(grad, query, key, value)
 
 
+@guarded(plain.content_and_row_attention)
 def _gather(
         query: torch.Tensor,
         key: torch.Tensor,
@@ -104,6 +112,7 @@ def _gather(
     return _like(triton_attention.gather(query, key, value, column, table), value)
 
 
+@guarded(_autograd.plain_gradients(plain.content_and_row_attention))
 def _gather_backward(
         grad: torch.Tensor,
         query: torch.Tensor,
@@ -118,9 +127,6 @@ def _gather_backward(
     return (
         _like(grads[0], query), _like(grads[1], key), _like(grads[2], value), _like(grads[3], column),
         _like(grads[4], table))
-
-
-_like = _autograd.like
 
 
 def _content_flops(query: Any, key: Any, value: Any, *_: Any, products: int = 2, **__: Any) -> int:
@@ -185,7 +191,7 @@ def why_not_global_attention(x: torch.Tensor, *more: Any) -> str | None:
 
 
 def _why_not_global(x: torch.Tensor, depth: int, tensors: Any) -> str | None:
-    return why_not_triton(*tensors, widest=depth) or ('float64' if x.dtype == torch.float64 else None)
+    return why_not_triton('gsa', *tensors, widest=depth) or ('float64' if x.dtype == torch.float64 else None)
 
 
 def global_attention(
@@ -207,6 +213,22 @@ def global_attention(
     return plain.halve(out) if stride == 2 else out
 
 
+def _fused_by_parts(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        table_h: torch.Tensor,
+        table_w: torch.Tensor,
+        scale: torch.Tensor,
+        shift: torch.Tensor,
+) -> torch.Tensor:
+    """The same by plain operators."""
+    heads = (*value.shape[1:3], 1, 1)
+    column = plain.column_attention(query, value, table_h) * scale.view(heads) + shift.view(heads)
+    return _like(plain.content_and_row_attention(query, key, value, column.to(value.dtype), table_w), value)
+
+
+@guarded(_fused_by_parts)
 def _fused(
         query: torch.Tensor,
         key: torch.Tensor,
