@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Compare norms of the query: train a GSA-ResNet for some steps on Tiny ImageNet at 32 px, then look for infinities.
 
-    python tools/query_norms.py DIR --model gsa_resnet50 gsa_resnet26 --query-norm none softmax rms --lr 2e-3 1e-3
+    python tools/query_norms.py DIR --model gsa_resnet50 gsa_resnet26 --query-norm none softmax rms --lr 2e-3
 
-DIR holds train.tar and val.tar, laid out <class>/<image>. A row for each run: loss (mean over the last steps), top-1 and
-top-5 on 2,000 validation images, how many of them give an output that is not finite, the same at three and ten times
-their contrast, and the largest value after the norm that follows a layer. AdamW, weight decay 0.05, label smoothing 0.1,
-gradients clipped to norm 1, 30 steps of warm-up, linear decay over the last 30 %. `--model resnet50` is for comparison.
+DIR holds train.tar and val.tar, laid out <class>/<image>. A row for each run: loss (mean over the last steps), top-1
+and top-5 on 2,000 validation images, how many of them give an output that is not finite, the same at three and ten
+times their contrast, and the largest value after the norm that follows a layer. AdamW, weight decay 0.05, label
+smoothing 0.1, gradients clipped to norm 1, 30 steps of warm-up, linear decay over the last 30 %. `--model resnet50` is
+for comparison.
 """
 import argparse
 import io
@@ -33,7 +34,8 @@ SIZE = 32
 def load(path: Path, per_class: int) -> tuple[torch.Tensor, torch.Tensor]:
     """First images of every class of a tar, uint8 (N, 3, 32, 32), and their labels."""
     classes: dict[str, int] = {}
-    images, labels, counts = [], [], {}
+    counts: dict[int, int] = {}
+    images, labels = [], []
     with tarfile.open(path) as tar:
         for member in tar:
             label = classes.setdefault(member.name.split('/')[0], len(classes))
@@ -84,7 +86,7 @@ def measure(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> dic
     """Accuracy, outputs that are not finite, and the largest value after the norm behind an attention layer."""
     model.eval()
     largest: list[torch.Tensor] = []
-    norms = [
+    norms: list[Any] = [
         block.bn2 for block in model.modules()
         if isinstance(getattr(block, 'conv2', None), GlobalSelfAttention | nn.Conv2d) and hasattr(block, 'bn2')
     ]
@@ -110,7 +112,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('data', type=Path, metavar='DIR')
     parser.add_argument('--model', nargs='+', default=['gsa_resnet50'])
-    parser.add_argument('--query-norm', nargs='+', default=['none', 'softmax', 'rms'], choices=['none', 'softmax', 'rms'])
+    norms = ['none', 'softmax', 'rms']
+    parser.add_argument('--query-norm', nargs='+', default=norms, choices=norms)
     parser.add_argument('--lr', nargs='+', type=float, default=[2e-3])
     parser.add_argument('--steps', type=int, default=300)
     parser.add_argument('--batch', type=int, default=128)
@@ -128,7 +131,8 @@ def main() -> None:
                 model = timm.create_model(name, num_classes=200, **more)
                 loss = train(model, images, labels, args.steps, args.batch, lr)
                 row = dict(model=name, query_norm=norm, lr=lr, steps=args.steps, batch=args.batch, loss=round(loss, 3))
-                row.update((key, float(f'{value:.4g}')) for key, value in measure(model, val_images, val_labels).items())
+                figures = measure(model, val_images, val_labels)
+                row.update((key, float(f'{value:.4g}')) for key, value in figures.items())
                 print(json.dumps(row), flush=True)
                 if args.out is not None:
                     with args.out.open('a', encoding='utf-8') as file:

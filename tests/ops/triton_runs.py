@@ -52,10 +52,10 @@ class Interpreted:
         torch.use_deterministic_algorithms(False)
 
 
-def run_interpreted(file: str) -> None:
-    """`TestKernels` of a file in a process of its own, as Triton decides at its import whether it interprets."""
+def run_interpreted(file: str, *options: str) -> None:
+    """Run `TestKernels` of a file in a process of its own, as Triton decides at its import whether it interprets."""
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{file}::TestKernels"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{file}::TestKernels", *options],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=Path(file).parents[2],
         capture_output=True,

@@ -94,7 +94,7 @@ def plain_gradients(function: Callable[..., torch.Tensor]) -> Callable[..., tupl
     """Gradients of a function of tensors from that of its result and the tensors, for the inside of an operator."""
     def compute(grad: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with torch.enable_grad():
-            _, vjp = torch.func.vjp(function, *tensors)
+            vjp = torch.func.vjp(function, *tensors)[1]
             return tuple(like(found, x) for found, x in zip(vjp(grad), tensors, strict=True))
 
     return compute

@@ -2,7 +2,6 @@
 from typing import Any
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 from .. import _autograd
@@ -171,7 +170,7 @@ _autograd.gradients(
 # The whole layer in inference.
 
 
-def why_not_layer(layer: nn.Module, x: torch.Tensor) -> str | None:
+def why_not_layer(layer: Any, x: torch.Tensor) -> str | None:
     tensors = x, *layer.parameters()
     if records_gradients(*tensors):
         return 'gradients are recorded'
