@@ -5,7 +5,8 @@
 
 DIR holds train.tar and val.tar, laid out <class>/<image>. A row for each run: loss (mean over the last steps), top-1
 and top-5 on 2,000 validation images, how many of them give an output that is not finite, the same at three and ten
-times their contrast, and the largest value after the norm that follows a layer. AdamW, weight decay 0.05, label
+times their contrast and in float16, how much the largest logit of an image grows with the contrast at most, and the
+largest value after the norm that follows a layer. AdamW, weight decay 0.05, label
 smoothing 0.1, gradients clipped to norm 1, 30 steps of warm-up, linear decay over the last 30 %. `--model resnet50` is
 for comparison.
 """
@@ -102,9 +103,15 @@ def measure(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> dic
         'not_finite': int((~out.isfinite().all(1)).sum()),
         'largest': peak[peak.isfinite()].max().item(),
     }
-    for contrast in (3, 10):
+    usual = out[::4].abs().amax(1)
+    for contrast in (0.1, 3, 10):
         out = torch.cat([model(contrast * prepare(part)) for part in images[::4].split(200)])
         row[f'not_finite_x{contrast}'] = int((~out.isfinite().all(1)).sum())
+        row[f'growth_x{contrast}'] = (out.abs().amax(1) / usual).max().item()
+    model.half()
+    for contrast in (1, 3, 10):
+        out = model((contrast * prepare(images[::40])).half())
+        row[f'not_finite_float16_x{contrast}'] = int((~out.isfinite().all(1)).sum())
     return row
 
 

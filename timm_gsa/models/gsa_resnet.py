@@ -39,6 +39,7 @@ class GSAResNet(AttentionResNet):
         attn_stages: Stages that use attention, of 1 to 4; the others keep their convolutions.
         attn_branches: 'both', or the ablations 'content' and 'position' (`GlobalSelfAttention`).
         query_norm: 'softmax', 'rms' or None: norm of the queries over the channels of a head (`GlobalSelfAttention`).
+            'none' is None as well: `timm.create_model` drops arguments that are None.
         img_size: Height and width of the images that position tables are built for; where None 224, with the small
             stem 32.
         **kwargs: Keyword arguments of timm's ResNet; its `stem_type` may also be 'small'.
@@ -55,6 +56,7 @@ class GSAResNet(AttentionResNet):
             **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        query_norm = None if query_norm == 'none' else query_norm
         if img_size is None:
             img_size = SMALL_STEM_SIZE if kwargs.get('stem_type') == SMALL_STEM else 224
 
