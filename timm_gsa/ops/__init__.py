@@ -1,5 +1,13 @@
-"""Operations of the three papers as functions on tensors, each beside its plain reference."""
+"""Operations of the papers as functions on tensors, each beside its plain reference."""
 from .aggregation import aggregation, aggregation_reference
+from .axial_mixing import (
+    column_mixing,
+    column_mixing_reference,
+    resize_mixing_bias,
+    resize_mixing_matrix,
+    row_mixing,
+    row_mixing_reference,
+)
 from .content_attention import content_attention, content_attention_reference
 from .gaussian_attention import gaussian_attention, gaussian_attention_reference, gaussian_weight
 from .global_attention import content_and_row_attention, global_attention, global_attention_reference
@@ -23,6 +31,8 @@ __all__ = [
     'aggregation_reference',
     'column_attention',
     'column_attention_reference',
+    'column_mixing',
+    'column_mixing_reference',
     'content_and_row_attention',
     'content_attention',
     'content_attention_reference',
@@ -44,7 +54,11 @@ __all__ = [
     'patch_network',
     'patch_network_reference',
     'reflect_pad',
+    'resize_mixing_bias',
+    'resize_mixing_matrix',
     'resize_relative_table',
     'row_attention',
+    'row_mixing',
+    'row_mixing_reference',
     'subtraction',
 ]
