@@ -9,7 +9,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .layers import PairwiseAttention, PriorAttention
 from .layers._norm import affine_of, watched
+from .models.dcac import CondenserBlock
 from .models.san import SANBlock, SANStem
+from .models.smlpnet import SMLPBlock
 
 __all__ = ['fuse']
 
@@ -21,6 +23,7 @@ def fuse(model: Model) -> Model:
 
     Folded are norms that follow a convolution, a `PriorAttention` (into its 3 x 3 convolution and its projection) or a
     `PairwiseAttention` (into its values: the weights sum to 1, so that a shift of the values is a shift of the output).
+    The norm of a `SparseMLP` goes into the depthwise convolution before it.
     Kept are norms that act before an activation or a residual sum only, the one between the two steps of
     `GlobalSelfAttention` and the one after it, as its output has no bias, and those in and after
     `PatchwiseAttention`, whose weights do not sum to 1. Parts that hooks watch are left as they are.
@@ -43,9 +46,10 @@ def fuse(model: Model) -> Model:
     with torch.no_grad():
         for module in model.modules():
             for first, second in _neighbours(module):
-                layer, norm = getattr(module, first), getattr(module, second)
+                layer, norm = module.get_submodule(first), module.get_submodule(second)
                 if _fold(layer, norm):
-                    setattr(module, second, nn.Identity())
+                    parent, _, name = second.rpartition('.')
+                    setattr(module.get_submodule(parent), name, nn.Identity())
     return model
 
 
@@ -53,11 +57,13 @@ def _neighbours(module: nn.Module) -> list[tuple[str, str]]:
     """Names of children of which one is applied to what the other gives, and nothing else is."""
     if isinstance(module, SANBlock):
         return [('attn', 'norm2')]
+    if isinstance(module, SMLPBlock) and not watched(module.conv, module.mix):
+        return [('conv.conv', 'mix.norm')]
     if isinstance(module, ResNet):
         return [('conv1', 'bn1')]
     if isinstance(module, BasicBlock):
         return [('conv1', 'bn1'), ('conv2', 'bn2')]
-    if isinstance(module, Bottleneck):
+    if isinstance(module, (Bottleneck, CondenserBlock)):
         return [('conv1', 'bn1'), ('conv2', 'bn2'), ('conv3', 'bn3')]
     if type(module) in (nn.Sequential, SANStem):
         names = [name for name, _ in module.named_children()]

@@ -1,6 +1,14 @@
-"""Operations of the three papers as functions on tensors, each beside its plain reference."""
+"""Operations of the papers as functions on tensors, each beside its plain reference."""
 from ._backend import explain, use_backend
 from .aggregation import aggregation, aggregation_reference
+from .axial_mixing import (
+    column_mixing,
+    column_mixing_reference,
+    resize_mixing_bias,
+    resize_mixing_matrix,
+    row_mixing,
+    row_mixing_reference,
+)
 from .gaussian_attention import gaussian_attention, gaussian_attention_reference, gaussian_weight
 from .gsa import (
     column_attention,
@@ -28,6 +36,8 @@ __all__ = [
     'aggregation',
     'aggregation_reference',
     'column_attention',
+    'column_mixing',
+    'column_mixing_reference',
     'content_and_row_attention',
     'content_attention',
     'coordinates',
@@ -48,8 +58,12 @@ __all__ = [
     'patch_network',
     'patch_network_reference',
     'reflect_pad',
+    'resize_mixing_bias',
+    'resize_mixing_matrix',
     'resize_relative_table',
     'row_attention',
+    'row_mixing',
+    'row_mixing_reference',
     'subtraction',
     'use_backend',
 ]
