@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from .layers import GlobalSelfAttention, PairwiseAttention, PatchwiseAttention, PriorAttention
 from .layers._norm import affine_of
 from .ops import aggregation, gaussian_weight, resize_relative_table
-from .ops.neighbourhood import reflected_index, same_padding
+from .ops.san.neighbourhood import reflected_index, same_padding
 
 __all__ = [
     'GaussianMaps',

@@ -1,9 +1,8 @@
-"""Layers of SAN of both kinds, and the general path that special ones are compared with."""
+"""Layers of SAN of both kinds."""
 import pytest
 import torch
 from torch import nn
 
-import timm_gsa.layers.san_attention as san_attention
 from timm_gsa.layers import PairwiseAttention, PatchwiseAttention
 
 
@@ -19,15 +18,3 @@ def layer(request):
         nn.init.normal_(norm.running_mean)
         nn.init.uniform_(norm.running_var, 0.5, 2)
     return layer
-
-
-@pytest.fixture
-def generally(monkeypatch):
-    """Calls a function on the general path."""
-    def call(function, *args):
-        with monkeypatch.context() as patch:
-            for name in ('eager_on_cpu', 'inference_on_cpu', 'compiled_for_cpu', 'kernels_serve'):
-                patch.setattr(san_attention, name, lambda *tensors: False)
-            return function(*args)
-
-    return call

@@ -17,7 +17,8 @@ import torch.nn as nn
 
 import timm_gsa.ops._paths as paths
 from timm_gsa.layers import PairwiseAttention, PatchwiseAttention
-from timm_gsa.ops import aggregation, aggregation_reference
+from timm_gsa.ops import aggregation
+from timm_gsa.ops.san.reference import aggregation as aggregation_reference
 
 from .test_aggregation import with_gradients
 from .triton_runs import (

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from timm_gsa.ops import neighbourhood, reflect_pad
-from timm_gsa.ops.neighbourhood import same_padding
+from timm_gsa.ops.san.neighbourhood import same_padding
 
 SIZES = [(1, 1), (1, 4), (2, 1), (2, 2), (2, 3), (3, 2), (3, 3), (4, 1), (4, 4)]
 

@@ -5,16 +5,14 @@ import torch
 from timm_gsa.ops import (
     difference_moments,
     difference_network,
-    difference_network_reference,
     normed_difference_network,
-    normed_difference_network_reference,
     patch,
     patch_moments,
     patch_network,
-    patch_network_reference,
     subtraction,
 )
-from timm_gsa.ops.neighbourhood import reflect_pad, same_padding
+from timm_gsa.ops.san import reference
+from timm_gsa.ops.san.neighbourhood import reflect_pad, same_padding
 
 from ..gradients import outputs_and_gradients
 
@@ -57,7 +55,7 @@ def test_difference_network(size, window, layout):
     inputs = difference_inputs(size, (4,))
     ours, theirs = (
         outputs_and_gradients(in_layout(lambda *x, f=f: f(*x, *window), layout), *inputs)
-        for f in (difference_network, difference_network_reference))
+        for f in (difference_network, reference.difference_network))
     assert ours[0].shape == (3, 6, window[0] ** 2, *size) and ours[0].is_contiguous()
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
 
@@ -73,11 +71,11 @@ def test_normed_difference_network(size, window):
 
     for part in range(3):
         ours, theirs = (
-            call(f, part)(*inputs) for f in (normed_difference_network, normed_difference_network_reference))
+            call(f, part)(*inputs) for f in (normed_difference_network, reference.normed_difference_network))
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
     ours, theirs = (
         outputs_and_gradients(call(f, 0), *inputs)
-        for f in (normed_difference_network, normed_difference_network_reference))
+        for f in (normed_difference_network, reference.normed_difference_network))
     torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
 
 
@@ -89,7 +87,7 @@ def test_normed_difference_network_in_float32():
 
     ours, theirs = (
         outputs_and_gradients(call(f), *inputs)
-        for f in (normed_difference_network, normed_difference_network_reference))
+        for f in (normed_difference_network, reference.normed_difference_network))
     for mine, other in zip(ours, theirs, strict=True):
         assert (mine - other).norm() < 1e-4 * other.norm()
 
@@ -101,7 +99,7 @@ def test_patch_network(size, window, layout):
     inputs = patch_inputs(size, window[0])
     ours, theirs = (
         outputs_and_gradients(in_layout(lambda *x, f=f: f(*x, *window), layout), *inputs)
-        for f in (patch_network, patch_network_reference))
+        for f in (patch_network, reference.patch_network))
     assert ours[0].shape == (3, 6, *size)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
 
@@ -110,7 +108,7 @@ def test_patch_network_with_columns_of_a_larger_matrix():
     key, scale, shift, weight = patch_inputs((5, 4), 3)
     part = torch.cat([weight, weight], dim=1)[:, weight.shape[1]:]
     torch.testing.assert_close(
-        patch_network(key, scale, shift, part, 3), patch_network_reference(key, scale, shift, weight, 3))
+        patch_network(key, scale, shift, part, 3), reference.patch_network(key, scale, shift, weight, 3))
 
 
 @pytest.mark.parametrize('window', WINDOWS)

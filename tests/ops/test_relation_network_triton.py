@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from timm_gsa.ops.neighbourhood import reflect_pad, same_padding, windows
+from timm_gsa.ops.san.neighbourhood import reflect_pad, same_padding, windows
 from timm_gsa.ops.relation_network import _folded, _plain_difference_network, _plain_patch_hidden
 
 from .test_aggregation_triton import laid

@@ -8,7 +8,6 @@ running statistics; all six parameter counts and costs. The authors' checkpoints
 maps smaller than reflection allows, `output_stride` (the authors' networks have none), stochastic depth, the form for
 small images and the tiny networks.
 """
-import functools
 import re
 from collections import OrderedDict
 from typing import Any
@@ -21,10 +20,9 @@ from timm.models._manipulate import checkpoint
 from timm.models.resnet import Bottleneck, ResNet
 
 from ..layers import PairwiseAttention, PatchwiseAttention
-from ..layers._norm import affine_of, watched
 from ..layers._pool import HalvingMaxPool
-from ..ops._innermost import buffered
-from ..ops._paths import compiled_for_cpu, inference_on_cpu, records_gradients
+from ..ops._backend import short_cut
+from ..ops.san import STEM
 from ._zoo import SMALL_STEM, check_stem, cifar100_cfg, create_from_zoo, default_cfg, zoo_cfgs
 
 __all__ = ['SAN', 'SANBlock', 'checkpoint_filter_fn']
@@ -33,104 +31,22 @@ _ATTENTION = {'pairwise': PairwiseAttention, 'patchwise': PatchwiseAttention}
 
 
 class SANStem(nn.Sequential):
-    """First convolution, pool and stage 0; up to the pool in a form of its own in inference on a CPU.
-
-    Before the pool the maps are as large as the images, with 64 channels in the authors' networks. The first
-    convolution is 1x1, and what follows it but the maximum of four pixels is the same for all of them: so the pixels of
-    one place of the pool's windows are a map of their own, and no larger ones are made.
-    """
+    """First convolution, norm, activation, pool and stage 0."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if self._goes_by_place(x):
-                return self._from_pool(self._by_place(x))
-            if self._goes_fused(x):
-                return self._from_pool(self._fused(x))
+            pooled = short_cut(STEM, self, x, HalvingMaxPool)
+            if pooled is not None:
+                return self._behind_pool(pooled)
         for module in self:
             x = module(x)
         return x
 
     @torch.jit.unused
-    def _from_pool(self, x: torch.Tensor) -> torch.Tensor:
-        for module in list(self)[_POOL + 1:]:
+    def _behind_pool(self, x: torch.Tensor) -> torch.Tensor:
+        for module in list(self)[4:]:
             x = module(x)
         return x
-
-    @torch.jit.unused
-    def _by_place(self, x: torch.Tensor) -> torch.Tensor:
-        """Up to the pool, image by image."""
-        weight, bias = self._folded()
-        height, width = x.shape[-2] // 2, x.shape[-1] // 2
-        pixels = x[..., :2 * height, :2 * width].unflatten(-1, (width, 2)).unflatten(-3, (height, 2))
-        pixels = pixels.permute(0, 3, 5, 1, 2, 4).reshape(len(x), 4, x.shape[1], height * width)
-        in_rows = x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.contiguous_format if in_rows else torch.channels_last
-        out = torch.empty((len(x), len(weight), height, width), dtype=x.dtype, memory_format=layout)
-        for image, places in zip(out.flatten(2), pixels, strict=True):
-            torch.mm(weight, places[0], out=image)
-            other = torch.empty_like(image)
-            for place in places[1:]:
-                torch.maximum(image, torch.mm(weight, place, out=other), out=image)
-            image.add_(bias[:, None]).relu_()
-        return out
-
-    @torch.jit.unused
-    def _fused(self, x: torch.Tensor) -> torch.Tensor:
-        """Up to the pool, for a compiler: one loop."""
-        weight, bias = self._folded()
-        rows = buffered(*weight.unbind(1))
-        height, width = x.shape[-2] // 2 * 2, x.shape[-1] // 2 * 2
-        x = x.movedim(1, -1).unsqueeze(-1)
-
-        def mapped(top: int, left: int) -> torch.Tensor:
-            pixels = x[:, top:height:2, left:width:2]
-            terms = (pixels[..., channel, :] * row for channel, row in enumerate(rows))
-            return functools.reduce(torch.add, terms)
-
-        pooled = torch.maximum(torch.maximum(mapped(0, 0), mapped(0, 1)), torch.maximum(mapped(1, 0), mapped(1, 1)))
-        return (pooled + bias).relu().movedim(-1, 1)
-
-    def _folded(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Matrix (O, I) and summands (O,) of convolution and norm."""
-        conv = self.get_submodule('conv')
-        assert isinstance(conv, nn.Conv2d)
-        weight = conv.weight[:, :, 0, 0]
-        bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias
-        affine = affine_of(self.get_submodule('norm'))
-        if affine is None:
-            return weight, bias
-        scale, shift = affine
-        return weight * scale[:, None], bias * scale + shift
-
-    @torch.jit.unused
-    def _goes_by_place(self, x: torch.Tensor) -> bool:
-        """Whether images are computed one by one, and nobody sees that they are."""
-        return inference_on_cpu(x, *self.parameters()) and self._is_known()
-
-    @torch.jit.unused
-    def _goes_fused(self, x: torch.Tensor) -> bool:
-        """Whether a compiler for a CPU is given the form that it does best: in inference, for a few colours."""
-        return (
-            compiled_for_cpu(x, *self.parameters())
-            and not records_gradients(x, *self.parameters())
-            and self._is_known()
-            and self.get_parameter('conv.weight').shape[1] <= _COLOURS
-        )
-
-    def _is_known(self) -> bool:
-        """Whether all up to the pool is of the kind known here, with a fixed norm, and no hook watches it."""
-        conv, norm, act, pool = first = list(self)[:_POOL + 1]
-        return (
-            type(conv) is nn.Conv2d and conv.kernel_size == conv.stride == (1, 1)
-            and conv.padding == (0, 0) and conv.groups == 1
-            and type(act) is nn.ReLU and type(pool) is HalvingMaxPool
-            and (type(norm) is nn.Identity or affine_of(norm) is not None)
-            and not watched(*first)
-        )
-
-
-_POOL = 3  # place of the pool in the stem
-_COLOURS = 4  # at most, where the stem is one loop
 
 
 class SANBlock(nn.Module):

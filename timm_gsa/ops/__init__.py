@@ -1,6 +1,5 @@
-"""Operations of the papers as functions on tensors, each beside its plain reference."""
+"""Operations of the papers as functions on tensors; `use_backend` chooses what computes them."""
 from ._backend import explain, use_backend
-from .aggregation import aggregation, aggregation_reference
 from .axial_mixing import (
     column_mixing,
     column_mixing_reference,
@@ -9,7 +8,7 @@ from .axial_mixing import (
     row_mixing,
     row_mixing_reference,
 )
-from .gaussian_attention import gaussian_attention, gaussian_attention_reference, gaussian_weight
+from .gaussian import gaussian_attention, gaussian_attention_reference, gaussian_weight
 from .gsa import (
     column_attention,
     content_and_row_attention,
@@ -19,22 +18,22 @@ from .gsa import (
     resize_relative_table,
     row_attention,
 )
-from .neighbourhood import neighbourhood, reflect_pad
-from .relation import coordinates, patch, subtraction
-from .relation_network import (
+from .san import (
+    aggregation,
+    coordinates,
     difference_moments,
     difference_network,
-    difference_network_reference,
+    neighbourhood,
     normed_difference_network,
-    normed_difference_network_reference,
+    patch,
     patch_moments,
     patch_network,
-    patch_network_reference,
+    reflect_pad,
+    subtraction,
 )
 
 __all__ = [
     'aggregation',
-    'aggregation_reference',
     'column_attention',
     'column_mixing',
     'column_mixing_reference',
@@ -43,7 +42,6 @@ __all__ = [
     'coordinates',
     'difference_moments',
     'difference_network',
-    'difference_network_reference',
     'explain',
     'gaussian_attention',
     'gaussian_attention_reference',
@@ -52,11 +50,9 @@ __all__ = [
     'neighbourhood',
     'normalise_query',
     'normed_difference_network',
-    'normed_difference_network_reference',
     'patch',
     'patch_moments',
     'patch_network',
-    'patch_network_reference',
     'reflect_pad',
     'resize_mixing_bias',
     'resize_mixing_matrix',

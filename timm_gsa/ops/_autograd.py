@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-__all__ = ['differentiable_gradients', 'gradients', 'implement', 'like', 'operator', 'plain_gradients']
+__all__ = [
+    'differentiable_gradients',
+    'gradients',
+    'implement',
+    'like',
+    'operator',
+    'plain_gradients',
+    'register',
+]
 
 _LIBRARY = torch.library.Library('timm_gsa', 'DEF')
 
@@ -105,3 +113,14 @@ def like(x: torch.Tensor, pattern: torch.Tensor) -> torch.Tensor:
     x = x.to(pattern.dtype)
     expected = torch.empty_like(pattern, device='meta').stride()
     return x if x.stride() == expected else torch.empty_like(pattern).copy_(x)
+
+
+def register(name: str, backward: Callable[..., tuple[Any, ...]], keep: Callable[..., None]) -> None:
+    """Register the gradients of an operator `timm_gsa::name` that `gradients` has no form for.
+
+    Args:
+        name: The operator's name.
+        backward: Gradients of all arguments, or None, from the context and the gradient of each output.
+        keep: Writes into the context what `backward` needs, from it, the arguments and the output.
+    """
+    torch.library.register_autograd(f'timm_gsa::{name}', backward, setup_context=keep, lib=_LIBRARY)

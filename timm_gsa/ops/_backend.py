@@ -33,6 +33,7 @@ __all__ = [
     'chooses_by_speed',
     'compute',
     'explain',
+    'in_full_precision',
     'is_exporting',
     'known',
     'records_gradients',
@@ -339,6 +340,24 @@ def allows_tf32() -> bool:
     return matmul.allow_tf32
 
 
+_HALF = (torch.bfloat16, torch.float16)
+_AUTOCAST_DEVICES = ('cpu', 'cuda', 'xpu', 'mps', 'hpu')  # asking for others is an error
+
+
+def in_full_precision(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """module(x) without autocast, and with float32 parameters if its own are half precision."""
+    if x.device.type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return _call_wide(module, x)
+    return _call_wide(module, x)
+
+
+def _call_wide(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    wide = {name: tensor.float() for name, tensor in tensors.items() if tensor.dtype in _HALF}
+    return torch.func.functional_call(module, wide, (x,)) if wide else module(x)
+
+
 def records_gradients(*tensors: torch.Tensor) -> bool:
     """True if autograd records what is done with tensors."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
@@ -374,7 +393,11 @@ _SIMPLE = (nn.ReLU, nn.Identity)
 _NO_ACT = (type(None), nn.Identity)
 
 
-def why_not_pristine(layer: nn.Module, biases: Mapping[str, bool | None]) -> str | None:
+def why_not_pristine(
+        layer: nn.Module,
+        biases: Mapping[str, bool | None],
+        simple: tuple[type[nn.Module], ...] = (),
+) -> str | None:
     """Why a short cut may not do the work of a layer's submodules; None if all are as they were built.
 
     A submodule is pristine if it is of the very class that the layer builds (`nn.Conv2d` of 1 x 1 pixels, stride 1 and
@@ -385,13 +408,14 @@ def why_not_pristine(layer: nn.Module, biases: Mapping[str, bool | None]) -> str
     Args:
         layer: The layer.
         biases: Names of its submodules; True or False if a convolution must or must not have a bias, None if both do.
+        simple: Further classes without parameters that a submodule may be of.
     """
     for name in _HOOKS:
         if getattr(nn_module, f'_global{name}', None):
             return 'a global hook watches every module'
     for name, bias in biases.items():
         module = getattr(layer, name)
-        reason = _why_not_own_class(module, bias)
+        reason = None if type(module) in simple else _why_not_own_class(module, bias)
         if reason is None and any(getattr(module, hooks) for hooks in _HOOKS):
             reason = 'has a hook'
         if reason is None and 'forward' in module.__dict__:

@@ -54,7 +54,37 @@ def _gsa_cases() -> Iterator[Case]:
         yield Case(CONTENT_AND_ROW, (query, key, value, column, columns))
 
 
-FAMILIES: dict[str, Callable[[], Iterator[Case]]] = {'gsa': _gsa_cases}
+def _san_cases() -> Iterator[Case]:
+    from .san import AGGREGATION, DIFFERENCE, PATCH
+
+    # Channels, groups, places a side, dilation, height, width.
+    sizes = (8, 2, 3, 1, 5, 7), (6, 3, 5, 1, 9, 4), (4, 4, 3, 2, 5, 5)
+    for channels, groups, kernel_size, dilation, height, width in sizes:
+        window, places = (kernel_size, dilation), kernel_size ** 2
+        query, key, value = torch.randn(3, 2, channels, height, width, dtype=torch.float64)
+        weight = torch.randn(2, groups, places, height, width, dtype=torch.float64)
+        first, second = torch.randn(channels, channels, dtype=torch.float64), torch.randn(groups, channels).double()
+        bias1, bias2 = torch.randn(channels, dtype=torch.float64), torch.randn(groups, dtype=torch.float64)
+        scale, shift = torch.randn(2, channels * places, dtype=torch.float64)
+        matrix = torch.randn(groups, channels * places, dtype=torch.float64)
+        yield Case(AGGREGATION, (value, weight), window)
+        yield Case(DIFFERENCE, (query, key, first, bias1, second, bias2), window)
+        yield Case(PATCH, (key, scale, shift, matrix), window)
+
+
+def _gaussian_cases() -> Iterator[Case]:
+    from .gaussian import GAUSSIAN
+
+    for height, width, dilation in ((5, 7, 1), (16, 12, 2)):
+        value = torch.randn(2, 3, height, width, dtype=torch.float64)
+        yield Case(GAUSSIAN, (value, torch.ones(1, dtype=torch.float64)), (dilation,))
+
+
+FAMILIES: dict[str, Callable[[], Iterator[Case]]] = {
+    'gsa': _gsa_cases,
+    'san': _san_cases,
+    'gaussian': _gaussian_cases,
+}
 
 
 def check(

@@ -5,7 +5,7 @@ Source: Tang et al., "Sparse MLP for Image Recognition: Is Self-Attention Really
 import torch
 import torch.nn.functional as F
 
-from ._paths import is_known_to_hold
+from ._backend import known
 
 __all__ = [
     'column_mixing',
@@ -115,7 +115,7 @@ def resize_mixing_bias(bias: torch.Tensor, length: int) -> torch.Tensor:
 def _fits(x: torch.Tensor, length: int) -> bool:
     same = x.shape[0] == length
     if not torch.jit.is_scripting():
-        return is_known_to_hold(same)
+        return known(same)
     return same
 
 

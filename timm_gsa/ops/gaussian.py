@@ -5,7 +5,7 @@ equations were not readable for us; the form below is a reconstruction.
 """
 import torch
 
-from ._paths import compiled_for_cpu, eager_on_cpu, is_known_to_hold
+from ._backend import Form, Operation, compute, known, why_not_cpu
 
 __all__ = ['gaussian_attention', 'gaussian_attention_reference', 'gaussian_weight']
 
@@ -27,7 +27,7 @@ def gaussian_weight(length: int, radius: torch.Tensor, dilation: int = 1) -> tor
     radius = radius.to(wide)
     variance = radius * radius + 1e-6
     exponent = distance / (-2. * variance)
-    # What is lost in every sum is 0: a CPU takes many times as long for numbers near the smallest of their type.
+    # Zero negligible weights: subnormal numbers are slow on a CPU.
     exponent = exponent.masked_fill(exponent < (-670. if wide == torch.float64 else -70.), float('-inf'))
     return exponent.softmax(-1)
 
@@ -48,26 +48,33 @@ def gaussian_attention(value: torch.Tensor, radius: torch.Tensor, dilation: int 
         Tensor of shape (B, C, H, W) and dtype of `value`.
     """
     if not torch.jit.is_scripting():
-        if eager_on_cpu(value) or compiled_for_cpu(value):
-            return _on_cpu(value, radius, dilation)
+        return compute(GAUSSIAN, value, radius, dilation)
+    return _separable(value, radius, dilation)
+
+
+def _separable(value: torch.Tensor, radius: torch.Tensor, dilation: int) -> torch.Tensor:
     height, width = value.shape[-2:]
     rows = gaussian_weight(height, radius, dilation).to(value.dtype)
     columns = gaussian_weight(width, radius, dilation).to(value.dtype)
     return rows @ (value @ columns.t())
 
 
+def _why_not_cpu(value: torch.Tensor, radius: torch.Tensor, dilation: int) -> str | None:
+    return why_not_cpu(value)
+
+
 def _on_cpu(value: torch.Tensor, radius: torch.Tensor, dilation: int) -> torch.Tensor:
     """`gaussian_attention` without the copies by which matmul makes one product of many."""
     batch, channels, height, width = value.shape
     rows = gaussian_weight(height, radius, dilation).to(value.dtype)
-    square = is_known_to_hold(height == width)
+    square = known(height == width)
     columns = rows if square else gaussian_weight(width, radius, dilation).to(value.dtype)
     if value.is_contiguous(memory_format=torch.channels_last) and not value.is_contiguous():
         pixels = value.permute(0, 2, 3, 1)
         averaged = torch.bmm(columns.expand(batch * height, -1, -1), pixels.reshape(-1, width, channels))
         averaged = torch.bmm(rows.expand(batch, -1, -1), averaged.view(batch, height, -1))
         return averaged.view(pixels.shape).permute(0, 3, 1, 2)
-    if is_known_to_hold(height * width <= 128):  # the map of all pairs is no larger, and spares products by channel
+    if known(height * width <= 128):  # the map of all pairs is no larger, and spares products by channel
         return (value.flatten(2) @ torch.kron(rows, columns).t()).view(value.shape)
     averaged = (value.reshape(-1, width) @ columns.t()).view(-1, height, width)
     return torch.bmm(rows.expand(averaged.shape[0], -1, -1), averaged).view(value.shape)
@@ -83,3 +90,7 @@ def gaussian_attention_reference(value: torch.Tensor, radius: torch.Tensor, dila
     distance = (position[:, None] - position[None, :]).square().sum(-1)
     weight = (-distance / (2. * (radius.to(wide).square() + 1e-6))).softmax(-1).to(value.dtype)
     return (value.flatten(2) @ weight.t()).reshape(value.shape)
+
+
+GAUSSIAN = Operation(
+    'gaussian_attention', gaussian_attention_reference, _separable, cpu=Form(_on_cpu, _why_not_cpu))

@@ -1,18 +1,18 @@
-"""Neighbourhood aggregation on a GPU: three Triton kernels behind three operators, which are one another's gradients.
+"""Neighbourhood aggregation on a GPU: three Triton kernels, which are one another's gradients.
 
-    aggregation                out[c, p]   = sum over k of w[c mod G, k, p] * x[c, reflect(p + k)]
-    aggregation_value_grad     dx[c, q]    = sum over k and p with reflect(p + k) = q of w[c mod G, k, p] * g[c, p]
-    aggregation_weight_grad    dw[j, k, p] = sum over c with c mod G = j of g[c, p] * x[c, reflect(p + k)]
+    forward                    out[c, p]   = sum over k of w[c mod G, k, p] * x[c, reflect(p + k)]
+    value_grad                 dx[c, q]    = sum over k and p with reflect(p + k) = q of w[c mod G, k, p] * g[c, p]
+    weight_grad                dw[j, k, p] = sum over c with c mod G = j of g[c, p] * x[c, reflect(p + k)]
 
 Each is linear in both of its inputs, so derivatives of any order are these again. `timm_gsa.ops.aggregation` is the
-function to call and says what is computed. Importing this module imports Triton and registers the operators.
+function to call and says what is computed. Importing this module imports Triton.
 
 Bytes. SAN shares a weight among 8 channels: of the 8 + K * K + 8 numbers per pixel and group that must be moved, at
 K = 7 the weights are 49. At 56 x 56, C = 64, bfloat16 and 256 images:
 
-    aggregation                x 0.10 + w 0.63 + out 0.10 GB = 0.83 GB, 0.19 ms at 4.3 TB/s
-    aggregation_value_grad     g 0.10 + w 0.63 + dx 0.10 GB, the same
-    aggregation_weight_grad    g 0.10 + x 0.10 + dw 0.63 GB, the same
+    forward                    x 0.10 + w 0.63 + out 0.10 GB = 0.83 GB, 0.19 ms at 4.3 TB/s
+    value_grad                 g 0.10 + w 0.63 + dx 0.10 GB, the same
+    weight_grad                g 0.10 + x 0.10 + dw 0.63 GB, the same
 
 Nothing else touches the memory: no padded copy, no unfolded one, no partial sums. Both gradients in one kernel would
 move 1.56 GB instead of 1.66, and neither could be left out.
@@ -30,14 +30,13 @@ that are summed alike.
 """
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-__all__ = ['fused_aggregation']
+__all__ = ['forward', 'value_grad', 'weight_grad']
 
 _MOST_SHARING = 16  # channels sharing a weight that a thread block serves; more of them read the weights again
 
@@ -127,8 +126,8 @@ def _forward(
 
     values = ()
     for r in tl.static_range(R):
-        known = tl.minimum(s[r], sharing - 1)
-        values = values + (_planes(b, image, known, g, b_b, b_s, b_g, B_UNIT, B_V, OFFSET),)
+        channel = tl.minimum(s[r], sharing - 1)
+        values = values + (_planes(b, image, channel, g, b_b, b_s, b_g, B_UNIT, B_V, OFFSET),)
     weights = _planes(w, image, g * 0, g, w_b, 0, w_g, W_UNIT, W_V, OFFSET) + y * w_h * W_V
     place = w_k.to(OFFSET) * W_V
 
@@ -203,8 +202,8 @@ def _value_grad(
 
     grads = ()
     for r in tl.static_range(R):
-        known = tl.minimum(s[r], sharing - 1)
-        grads = grads + (_planes(b, image, known, g, b_b, b_s, b_g, B_UNIT, B_V, OFFSET),)
+        channel = tl.minimum(s[r], sharing - 1)
+        grads = grads + (_planes(b, image, channel, g, b_b, b_s, b_g, B_UNIT, B_V, OFFSET),)
     weights = _planes(w, image, g * 0, g, w_b, 0, w_g, W_UNIT, W_V, OFFSET)
     place = w_k.to(OFFSET) * W_V
 
@@ -379,131 +378,27 @@ def _launch(kernel: Any, a: torch.Tensor, b: torch.Tensor, w: torch.Tensor, kern
             kernel[grid](*arguments, **constants, **_tiles(*kind)[0])
 
 
-def _weight_order(weight: torch.Tensor) -> list[int]:
-    """Axes of a weight from the outermost in memory to the innermost, for a gradient that can be written fast.
-
-    They are those of the weight itself, unless its places are innermost: one more step between the channels of a
-    pixel, and no store fills a sector. Whoever needs the gradient in that order copies it for less.
-    """
-    group, place, row = weight.stride()[1:4]
-    if group != 1 and place != 1:
-        return [0, 1, 2, 3, 4]
-    return [0, 2, 3, 4, 1] if place > row else [0, 3, 4, 2, 1]
-
-
-def _empty_weight(
-        value: torch.Tensor,
-        groups: int,
-        kernel_size: int,
-        dtype: torch.dtype,
-        order: Sequence[int],
-) -> torch.Tensor:
-    shape = value.shape[0], groups, kernel_size ** 2, value.shape[2], value.shape[3]
-    out = value.new_empty([shape[axis] for axis in order], dtype=dtype)
-    return out.permute([order.index(axis) for axis in range(5)])
-
-
-@torch.library.custom_op('timm_gsa::aggregation', mutates_args=())
-def _aggregation(value: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
+def forward(value: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
+    """The sum over neighbours."""
     out = torch.empty_like(value)
     _launch(_forward, out, value, weight, kernel_size, dilation)
     return out
 
 
-@torch.library.custom_op('timm_gsa::aggregation_value_grad', mutates_args=())
-def _aggregation_value_grad(grad: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
+def value_grad(grad: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
+    """Gradient of the values from that of the output."""
     out = torch.empty_like(grad)
     _launch(_value_grad, out, grad, weight, kernel_size, dilation)
     return out
 
 
-@torch.library.custom_op('timm_gsa::aggregation_weight_grad', mutates_args=())
-def _aggregation_weight_grad(
+def weight_grad(
         grad: torch.Tensor,
         value: torch.Tensor,
+        out: torch.Tensor,
         kernel_size: int,
         dilation: int,
-        groups: int,
-        dtype: torch.dtype,
-        order: Sequence[int],
 ) -> torch.Tensor:
-    out = _empty_weight(value, groups, kernel_size, dtype, order)
+    """Gradient of the weights from that of the output, written into `out`."""
     _launch(_weight_grad, grad, value, out, kernel_size, dilation)
     return out
-
-
-@_aggregation.register_fake
-@_aggregation_value_grad.register_fake
-def _like_first(x: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
-    return torch.empty_like(x)
-
-
-@_aggregation_weight_grad.register_fake
-def _like_weight(
-        grad: torch.Tensor,
-        value: torch.Tensor,
-        kernel_size: int,
-        dilation: int,
-        groups: int,
-        dtype: torch.dtype,
-        order: Sequence[int],
-) -> torch.Tensor:
-    return _empty_weight(value, groups, kernel_size, dtype, order)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    """Keeps of two tensors those that the gradient of the other takes."""
-    first, second, ctx.kernel_size, ctx.dilation = inputs[:4]
-    ctx.save_for_backward(
-        first if ctx.needs_input_grad[1] else None,
-        second if ctx.needs_input_grad[0] else None,
-    )
-    if len(inputs) == 4:
-        ctx.weight = second.shape[1], second.dtype, _weight_order(second)
-
-
-def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """Of `aggregation`."""
-    value, weight = ctx.saved_tensors
-    window = ctx.kernel_size, ctx.dilation
-    return (
-        None if weight is None else _aggregation_value_grad(grad, weight, *window),
-        None if value is None else _aggregation_weight_grad(grad, value, *window, *ctx.weight),
-        None,
-        None,
-    )
-
-
-def _gradients_of_value_grad(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    first, weight = ctx.saved_tensors
-    window = ctx.kernel_size, ctx.dilation
-    return (
-        None if weight is None else _aggregation(grad, weight, *window),
-        None if first is None else _aggregation_weight_grad(first, grad, *window, *ctx.weight),
-        None,
-        None,
-    )
-
-
-def _gradients_of_weight_grad(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    first, value = ctx.saved_tensors
-    window = ctx.kernel_size, ctx.dilation
-    return (
-        None if value is None else _aggregation(value, grad, *window),
-        None if first is None else _aggregation_value_grad(first, grad, *window),
-        *[None] * 5,
-    )
-
-
-_aggregation.register_autograd(_gradients, setup_context=_keep)
-_aggregation_value_grad.register_autograd(_gradients_of_value_grad, setup_context=_keep)
-_aggregation_weight_grad.register_autograd(_gradients_of_weight_grad, setup_context=_keep)
-
-
-def fused_aggregation(value: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
-    """`timm_gsa.ops.aggregation` by the kernels, where plain reflection exists (padding < min(H, W)).
-
-    Values and weights may have different floating-point types: each is read as it is, sums are float32 (float64 for
-    float64 values), the output has the type of the value.
-    """
-    return _aggregation(value, weight, kernel_size, dilation)

@@ -838,8 +838,8 @@ def patch_gradients(
             warps,
         )
         across = triton.cdiv(height * width, p)
-        room = min(_PROGRAMS, _BUFFER // (places * 2 * hidden * channels)) // across
-        images = triton.cdiv(batch, max(min(batch, room), 1))
+        most = min(_PROGRAMS, _BUFFER // (places * 2 * hidden * channels)) // across
+        images = triton.cdiv(batch, max(min(batch, most), 1))
         shares = triton.cdiv(batch, images)
         per_program = triton.cdiv(places, min(places, triton.cdiv(_PROGRAMS, across * shares)))
         buffer = padded.new_empty(across * shares, places, hidden, channels, 2, dtype=torch.float32)

@@ -6,14 +6,18 @@ mode to do so, both stand here.
 
 Source: Zhao, Jia and Koltun, "Exploring Self-attention for Image Recognition", CVPR 2020, equations 2 and 4.
 """
+from typing import Any
+
 import torch
 
+from .. import _autograd
 from .neighbourhood import joined_reflect_pad, reflect_pad, same_padding
+from .plain import network_flops, patch_flops
 
 __all__ = ['buffered', 'difference_attention', 'patch_attention', 'weighted_sum']
 
 
-def difference_attention(
+def _difference_attention(
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -63,7 +67,7 @@ def difference_attention(
     return weighted_sum(value, [each.mul_(share) for each in weights], *window)
 
 
-def patch_attention(
+def _patch_attention(
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -110,6 +114,45 @@ def patch_attention(
     weight2 = torch.cat([weight2, bias2[:, None]], dim=1).unflatten(0, (-1, *places)).permute(1, 3, 2, 0)
     weights = [(hidden @ matrix.flatten(1)).unflatten(-1, (kernel_size, -1)) for matrix in weight2]
     return weighted_sum(value, weights, *window)
+
+
+# Operators, for their FLOP formulas; a compiler is given what is inside.
+
+
+def _like_value(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
+    return value.new_empty(value.shape[0], *value.shape[2:], value.shape[1]).permute(0, 3, 1, 2)
+
+
+def _sum_flops(value: Any, kernel_size: int) -> int:
+    batch, channels, height, width = value
+    return 2 * batch * channels * height * width * kernel_size ** 2
+
+
+def _difference_flops(query: Any, key: Any, value: Any, *more: Any, **_: Any) -> int:
+    weight1, weight2, kernel_size = more[2], more[4], more[5]
+    network = network_flops((query[0], weight1[1], *query[2:]), weight1, weight2, kernel_size)
+    return network + _sum_flops(value, kernel_size)
+
+
+def _patch_flops(query: Any, key: Any, value: Any, *more: Any, **_: Any) -> int:
+    weight1, weight2, kernel_size = more[2], more[4], more[6]
+    positions = query[0], *query[2:]
+    return patch_flops(positions, weight1) + patch_flops(positions, weight2) + _sum_flops(value, kernel_size)
+
+
+_difference_operator = _autograd.operator(
+    'difference_attention', _difference_attention, _like_value, _difference_flops)
+_patch_operator = _autograd.operator('patch_attention', _patch_attention, _like_value, _patch_flops)
+
+
+def difference_attention(*args: Any) -> torch.Tensor:
+    """`_difference_attention`, as one operator in eager mode."""
+    return _difference_attention(*args) if torch.compiler.is_compiling() else _difference_operator(*args)
+
+
+def patch_attention(*args: Any) -> torch.Tensor:
+    """`_patch_attention`, as one operator in eager mode."""
+    return _patch_attention(*args) if torch.compiler.is_compiling() else _patch_operator(*args)
 
 
 def buffered(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
