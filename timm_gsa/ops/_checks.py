@@ -163,7 +163,7 @@ def _derivatives(
         probes = [torch.linspace(1., -1., x.numel(), dtype=torch.float64).view(x.shape).to(x) for x in orders[1]]
         total = sum((x.double() * probe.double()).sum() for x, probe in zip(orders[1], probes, strict=True))
         assert isinstance(total, torch.Tensor)
-        orders.append(list(torch.autograd.grad(total, leaves)))
+        orders.append(list(torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)))
     return orders
 
 
