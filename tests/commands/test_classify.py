@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-TOOL = Path(__file__).parents[2] / 'tools' / 'classify.py'
+from timm_gsa.commands import main
+from timm_gsa.commands._inputs import PHOTOS
 
 
 def classify(*arguments, cwd):
     return subprocess.run(
-        [sys.executable, str(TOOL), *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300)
+        [sys.executable, '-m', 'timm_gsa', 'classify', *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
+        timeout=300)
 
 
 def test_classify_names_what_is_in_the_photos_and_draws_a_picture_of_each(tmp_path):
@@ -29,7 +31,7 @@ def test_classify_names_what_is_in_the_photos_and_draws_a_picture_of_each(tmp_pa
 
 
 def test_classify_says_which_files_it_could_not_read_and_does_the_others(tmp_path):
-    photo = next((TOOL.parent / 'photos').glob('*.jpg'))
+    photo = next(PHOTOS.glob('*.jpg'))
     (tmp_path / 'empty.jpg').touch()
     (tmp_path / 'text.jpg').write_text('no image')
     (tmp_path / 'cut.jpg').write_bytes(photo.read_bytes()[:5000])
@@ -54,9 +56,9 @@ def test_classify_says_which_files_it_could_not_read_and_does_the_others(tmp_pat
     (['--model', 'no_such_model'], 'no_such_model'),
     (['--top-k', '0'], 'at least 1'),
 ])
-def test_classify_refuses_what_it_cannot_do(arguments, message, tmp_path, monkeypatch, run_tool):
+def test_classify_refuses_what_it_cannot_do(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    done = run_tool(TOOL, *arguments)
-    assert done.returncode == 2
-    assert message in done.stderr and 'Traceback' not in done.stderr
+    with pytest.raises(SystemExit, match='2'):
+        main(['classify', *arguments])
+    assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -11,14 +11,13 @@ import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
-import convert_san
 import pytest
 import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import timm_gsa  # noqa: F401  registers the models where autoload is switched off
+from timm_gsa.commands import convert_san, main
 
 from ..san_fixtures import MANIFEST, golden, made_input, official_names, official_shapes, official_state
 
@@ -26,7 +25,6 @@ pytestmark = pytest.mark.skipif(
     tuple(map(int, timm.__version__.split('.')[:3])) < (1, 0, 28),
     reason='such a timm takes the safetensors file of a local-dir for a pickle')
 
-TOOL = Path(__file__).parents[2] / 'tools' / 'convert_san.py'
 NAME = 'san10_pairwise'
 OFFICIAL = official_shapes(NAME)
 NETWORKS = [f'san{depth}_{kind}' for depth in (10, 15, 19) for kind in ('pairwise', 'patchwise')]
@@ -74,7 +72,7 @@ def authors_file(path, state, old=True):
 
 
 def arguments(checkpoint, out, name=NAME):
-    return [str(checkpoint), '--model', name, '--out', str(out)]
+    return ['convert-san', str(checkpoint), '--model', name, '--out', str(out)]
 
 
 def run(*args, **kwargs):
@@ -82,9 +80,9 @@ def run(*args, **kwargs):
 
 
 def assert_refused(capsys, checkpoint, name=NAME):
-    """The tool fails on a checkpoint without writing anything; returns what it says."""
+    """The command fails on a checkpoint without writing anything; returns what it says."""
     before = sorted(checkpoint.parent.iterdir())
-    assert convert_san.main(arguments(checkpoint, checkpoint.parent / 'out', name)) == 1
+    assert main(arguments(checkpoint, checkpoint.parent / 'out', name)) == 1
     assert sorted(checkpoint.parent.iterdir()) == before
     said = capsys.readouterr()
     assert said.out == '' and said.err.startswith(f'{checkpoint}: not converted: ')
@@ -95,7 +93,7 @@ def assert_refused(capsys, checkpoint, name=NAME):
 
 
 def test_converted_checkpoint_gives_the_authors_logits_from_every_source(place, weights, capsys):
-    assert convert_san.main([*arguments(authors_file(place / 'best.pth', weights), place / 'out'), '--verify']) == 0
+    assert main([*arguments(authors_file(place / 'best.pth', weights), place / 'out'), '--verify']) == 0
     said = capsys.readouterr().out
     assert f'{len(weights)} tensors' in said and 'difference of the logits after conversion 0.0' in said
     size, digest = re.search(r'model\.safetensors of (\d+) bytes, sha256 ([0-9a-f]{64})\n', said).groups()
@@ -121,7 +119,7 @@ def test_converted_checkpoint_gives_the_authors_logits_from_every_source(place, 
 
 
 def test_config_describes_the_authors_weights_and_no_machine(place, weights):
-    assert convert_san.main(arguments(authors_file(place / 'best.pth', weights), place / 'out')) == 0
+    assert main(arguments(authors_file(place / 'best.pth', weights), place / 'out')) == 0
     text = (place / 'out' / 'config.json').read_text()
     config = json.loads(text)
     assert config['architecture'] == NAME and config['num_classes'] == 1000 and config['num_features'] == 2048
@@ -151,7 +149,7 @@ def test_every_layout_of_a_checkpoint_gives_the_same_weights(place, weights, lay
         torch.save(weights, path, _use_new_zipfile_serialization=layout == 'bare')
     assert zipfile.is_zipfile(path) == (layout != 'bare, old')
     (place / 'out').mkdir()  # an empty folder may be there
-    assert convert_san.main(arguments(path, place / 'out')) == 0
+    assert main(arguments(path, place / 'out')) == 0
     held = official_names(load_file(place / 'out' / 'model.safetensors'))
     assert held.keys() == weights.keys()
     assert all(held[key].dtype == weights[key].dtype and torch.equal(held[key], weights[key]) for key in weights)
@@ -167,16 +165,15 @@ def test_names_wanted_are_those_of_the_authors(name):
 def test_conversion_takes_no_more_memory_than_twice_the_file(place, weights):
     path = authors_file(place / 'best.pth', weights)
     program = '''
-import os, re, sys
-sys.path.insert(0, os.path.dirname(sys.argv[1]))
+import re, sys
 def memory(key):
     return 1024 * int(re.search(rf'{key}:\\s+(\\d+) kB', open('/proc/self/status').read())[1])
-import convert_san
+from timm_gsa.commands import main
 before = memory('VmRSS')
-assert convert_san.main(sys.argv[2:]) == 0
+assert main(sys.argv[1:]) == 0
 print(memory('VmHWM') - before)
 '''
-    done = run('-c', program, TOOL, *arguments(path, place / 'out'))
+    done = run('-c', program, *arguments(path, place / 'out'))
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) <= 2 * path.stat().st_size
 
@@ -309,7 +306,7 @@ def test_command_line_that_cannot_work_is_refused(tmp_path, capsys, monkeypatch,
     (tmp_path / 'here').mkdir()
     monkeypatch.chdir(tmp_path / 'here')
     with pytest.raises(SystemExit) as exit:
-        convert_san.main(arguments('best.pth', '.' if out == '.' else tmp_path / out, name))
+        main(arguments('best.pth', '.' if out == '.' else tmp_path / out, name))
     assert exit.value.code == 2
     message = capsys.readouterr().err
     assert all(word in message for word in said)
@@ -328,7 +325,7 @@ def test_difference_found_by_verify_fails_and_leaves_nothing(place, weights, cap
 
     monkeypatch.setattr(convert_san, 'save_file', save_another)
     torch.save(weights, place / 'best.pth')
-    assert convert_san.main([*arguments(place / 'best.pth', place / 'out'), '--verify']) == 1
+    assert main([*arguments(place / 'best.pth', place / 'out'), '--verify']) == 1
     assert re.search(r'difference of the logits after conversion 0\.5\d*, should be 0\.0', capsys.readouterr().err)
     assert [p.name for p in place.iterdir()] == ['best.pth']
 
@@ -340,7 +337,7 @@ def test_interrupted_conversion_leaves_nothing(place, monkeypatch):
     torch.save(hollow(NAME), place / 'best.pth')
     monkeypatch.setattr(os, 'replace', interrupt)  # the last step, with everything written
     with pytest.raises(KeyboardInterrupt):
-        convert_san.main(arguments(place / 'best.pth', place / 'out'))
+        main(arguments(place / 'best.pth', place / 'out'))
     assert [p.name for p in place.iterdir()] == ['best.pth']
 
 
@@ -348,7 +345,7 @@ def test_full_disk_is_reported_in_one_line_and_leaves_nothing(place):
     resource = pytest.importorskip('resource')
     torch.save(hollow(NAME), place / 'best.pth')
     done = run(
-        TOOL, *arguments(place / 'best.pth', place / 'out'),
+        '-m', 'timm_gsa', *arguments(place / 'best.pth', place / 'out'),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)))
     assert done.returncode == 1
     assert done.stderr.startswith(f'{place / "out"}: not written: ') and done.stderr.count('\n') == 1

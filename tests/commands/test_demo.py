@@ -1,7 +1,7 @@
-"""The page of tools/demo.py: what it refuses, its server over HTTP, and the page itself in a browser.
+"""The page of `timm-gsa demo`: what it refuses, its server over HTTP, and the page itself in a browser.
 
 The tests with a browser leave their screenshots in the folder that TIMM_GSA_SCREENSHOTS names, if it names one:
-desktop.png there is tools/photos/demo.png.
+desktop.png there is tools/figures/demo.png.
 """
 import base64
 import concurrent.futures
@@ -13,7 +13,6 @@ import random
 import re
 import shutil
 import signal
-import site
 import socket
 import subprocess
 import sys
@@ -27,8 +26,9 @@ import timm
 import yaml
 from PIL import Image, ImageFile
 
-TOOLS = Path(__file__).parents[2] / 'tools'
-PHOTOS = TOOLS / 'photos'
+from timm_gsa.commands import main
+from timm_gsa.commands._inputs import PHOTOS
+
 MAPS = {'gsa_resnet_tiny': 8, 'san_tiny_pairwise': 5, 'san_tiny_patchwise': 5, 'priorattn_resnet_tiny': 3}
 FASTEST = 'priorattn_resnet_tiny'
 BROWSERS = ('chromium', 'chromium-browser', 'google-chrome')
@@ -38,7 +38,7 @@ BROWSER_ARGUMENTS = (
 
 RING_ALONE = 0.002  # of the pixels of a map change at most, if only the ring in it moves
 
-# Runs a script and writes down every host that it looks up or connects to.
+# Runs the package or a script and writes down every host that it looks up or connects to.
 WATCHED = '''
 import runpy, sys
 log = open(sys.argv[1], 'a', buffering=1)
@@ -49,16 +49,19 @@ def watch(event, arguments):
         print(arguments[0], file=log)
 sys.addaudithook(watch)
 sys.argv[:] = sys.argv[2:]
-sys.path[0] = sys.argv[0].rpartition('/')[0]
-runpy.run_path(sys.argv[0], run_name='__main__')
+if sys.argv[0] == 'timm_gsa':
+    runpy.run_module('timm_gsa', run_name='__main__')
+else:
+    sys.path[0] = sys.argv[0].rpartition('/')[0]
+    runpy.run_path(sys.argv[0], run_name='__main__')
 '''
 
 
 @pytest.fixture(scope='module')
 def demo():
     pytest.importorskip('gradio', reason='needs gradio, of the extra demo')
-    import demo
-    return demo
+    from timm_gsa.commands import _page
+    return _page
 
 
 def encoded(image, kind='PNG', **options):
@@ -203,9 +206,9 @@ def free_port():
 
 
 @contextlib.contextmanager
-def serving(folder, script=TOOLS / 'demo.py', options=(), **env):
+def serving(folder, command=('timm_gsa', 'demo'), options=(), **env):
     """The page as a process of its own, stopped at the end."""
-    server = Server(folder, script, options, env)
+    server = Server(folder, command, options, env)
     try:
         server.wait()
         yield server
@@ -216,7 +219,7 @@ def serving(folder, script=TOOLS / 'demo.py', options=(), **env):
 class Server:
     """Process that serves the page; its temporary files and what it connects to are in a folder."""
 
-    def __init__(self, folder, script, options, env):
+    def __init__(self, folder, command, options, env):
         self.temporary = folder / 'temporary'
         self.temporary.mkdir()
         self._hosts = folder / 'hosts'
@@ -227,7 +230,7 @@ class Server:
         for name in ('GRADIO_SERVER_NAME', 'GRADIO_ANALYTICS_ENABLED', 'GRADIO_TEMP_DIR'):
             env.pop(name, None)
         self.process = subprocess.Popen(
-            [sys.executable, *options, '-c', WATCHED, str(self._hosts), str(script), '--port', str(port)],
+            [sys.executable, *options, '-c', WATCHED, str(self._hosts), *command, '--port', str(port)],
             cwd=folder, env=env, stdout=self._output, stderr=subprocess.STDOUT)
 
     def said(self):
@@ -478,13 +481,14 @@ def test_space_runs_from_its_folder_alone_and_leaves_nothing(demo, tmp_path):
     assert f'timm=={timm.__version__}' in requirements
 
     # Without site, nothing that an editable install put on the path is there, and so no checkout.
-    alone = dict(options=['-S'], PYTHONPATH=os.pathsep.join(site.getsitepackages()))
+    packages = [path for path in sys.path if path.endswith('site-packages')]
+    alone = dict(options=['-S'], PYTHONPATH=os.pathsep.join(packages))
     found = subprocess.run(
         [sys.executable, '-S', '-c', 'import importlib.util as i; print(i.find_spec("timm_gsa").origin)'],
         cwd=space, env={**os.environ, 'PYTHONPATH': alone['PYTHONPATH']}, capture_output=True, text=True, timeout=60)
     assert found.stdout.strip() == str(space / 'timm_gsa' / '__init__.py'), found.stderr
     (tmp_path / 'run').mkdir()
-    with serving(tmp_path / 'run', script=space / 'app.py', **alone) as server:
+    with serving(tmp_path / 'run', command=[str(space / 'app.py')], **alone) as server:
         shown, _ = User(server.url).take((PHOTOS / 'coffee.jpg').read_bytes(), 'san_tiny_patchwise')
         assert list(server.temporary.rglob('photo.jpg'))
     assert shown.classes == expected_classes(demo, PHOTOS / 'coffee.jpg', 'san_tiny_patchwise')
@@ -501,26 +505,24 @@ def test_space_is_written_whole_or_not_at_all(demo, tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit, match='2'):
         make_space.main([str(tmp_path / 'full')])
     assert 'not empty' in capsys.readouterr().err
-    monkeypatch.setattr(make_space, 'MODULES', ('no_such_module.py',))
+    monkeypatch.setattr(make_space, 'ROOT', tmp_path)  # which holds no LICENSE
     with pytest.raises(SystemExit, match='2'):
         make_space.main([str(tmp_path / 'new')])
     assert [path.name for path in tmp_path.iterdir()] == ['full']
 
 
-def test_without_gradio_the_error_says_what_to_install():
-    hidden = f'import runpy, sys; sys.modules["gradio"] = None; runpy.run_path({str(TOOLS / "demo.py")!r})'
-    done = subprocess.run(
-        [sys.executable, '-c', hidden], capture_output=True, text=True, timeout=120,
-        env={**os.environ, 'PYTHONPATH': os.pathsep.join([str(TOOLS), os.environ.get('PYTHONPATH', '')])})
-    assert done.returncode == 1
-    assert done.stderr == 'demo.py: error: gradio is not installed: pip install -e ".[demo]"\n'
+def test_without_gradio_the_error_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'gradio', None)
+    with pytest.raises(SystemExit, match='2'):
+        main(['demo'])
+    assert 'needs gradio' in (said := capsys.readouterr().err) and 'pip install "timm-gsa[demo]"' in said
 
 
 @pytest.mark.interop
 def test_options_that_cannot_be_served_are_refused(demo, monkeypatch, capsys, tmp_path):
     def refused(*arguments):
         with pytest.raises(SystemExit, match='2'):
-            demo.main(arguments)
+            main(['demo', *arguments])
         error = capsys.readouterr().err
         assert 'Traceback' not in error
         return error

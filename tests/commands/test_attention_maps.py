@@ -3,16 +3,15 @@ import argparse
 import importlib.util
 import sys
 
-import attention_maps
-import classify
-import learned_positions
 import numpy as np
 import pytest
 import timm
 import torch
-from _attention_figure import RELEVANCE, SHARE, WEIGHT, draw_panel, panels, relevance_panel, rollout_panel
-from classify import PHOTOS, Classifier, read_image
 from PIL import Image
+
+from timm_gsa.commands import _inputs, main
+from timm_gsa.commands._figure import RELEVANCE, SHARE, WEIGHT, draw_panel, panels, relevance_panel, rollout_panel
+from timm_gsa.commands._inputs import PHOTOS, Classifier, read_image
 
 ROCKET = PHOTOS / 'rocket.jpg'
 
@@ -85,7 +84,7 @@ def test_checkpoints_that_are_none_are_refused(content, message, tmp_path, capsy
     elif content is not None:
         torch.save(content, path)
     with pytest.raises(SystemExit) as stop:
-        classify.main([str(ROCKET), '--model', 'gsa_resnet_tiny', '--checkpoint', str(path), '--save-dir', 'out'])
+        main(['classify', str(ROCKET), '--model', 'gsa_resnet_tiny', '--checkpoint', str(path), '--save-dir', 'out'])
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert message in error and str(path) in error
@@ -93,7 +92,7 @@ def test_checkpoints_that_are_none_are_refused(content, message, tmp_path, capsy
 
 def test_folder_without_classes_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        classify.main([str(ROCKET), '--classes', str(tmp_path)])
+        main(['classify', str(ROCKET), '--classes', str(tmp_path)])
     assert f'found none in {tmp_path}' in capsys.readouterr().err
 
 
@@ -102,9 +101,9 @@ def test_folder_without_classes_is_refused(tmp_path, capsys):
 def test_view_is_what_the_model_sees_and_pixels_are_found_in_it(size, crop_mode, tmp_path, monkeypatch):
     model = timm.create_model('test_resnet')  # 160 px, of which its transform crops a part
     torch.save(model.state_dict(), tmp_path / 'model.pth')
-    resolve = classify.resolve_model_data_config
+    resolve = _inputs.resolve_model_data_config
     monkeypatch.setattr(
-        classify, 'resolve_model_data_config', lambda *a, **k: {**resolve(*a, **k), 'crop_mode': crop_mode})
+        _inputs, 'resolve_model_data_config', lambda *a, **k: {**resolve(*a, **k), 'crop_mode': crop_mode})
     classifier = Classifier('test_resnet', tmp_path / 'model.pth')
     centre = np.array(size) // 2 + [60, -45]
     pixels = np.zeros((size[1], size[0], 3), np.uint8)
@@ -172,7 +171,7 @@ def test_rollout_and_relevance_cover_every_family(classifiers):
 
 
 @with_figures
-def test_tool_draws_models_below_one_another_with_a_row_for_each_place_and_kind(tmp_path, capsys):
+def test_command_draws_models_below_one_another_with_a_row_for_each_place_and_kind(tmp_path, capsys):
     sizes = {}
     for key, arguments in dict(
             gsa=['--model', 'gsa_resnet_tiny'],
@@ -181,7 +180,7 @@ def test_tool_draws_models_below_one_another_with_a_row_for_each_place_and_kind(
             layer=['--model', 'san_tiny_pairwise', '--layers', 'layer2'],
     ).items():
         out = tmp_path / 'new' / f'{key}.png'
-        assert attention_maps.main([str(ROCKET), *arguments, '--out', str(out)]) == 0
+        assert main(['attention-maps', str(ROCKET), *arguments, '--out', str(out)]) == 0
         assert capsys.readouterr().out == f'{out}\n'
         with Image.open(out) as picture:
             sizes[key] = picture.size
@@ -202,9 +201,9 @@ def test_tool_draws_models_below_one_another_with_a_row_for_each_place_and_kind(
     (['--model', 'gsa_resnet50'], 'No pretrained weights'),
     (['--img-size', '0'], 'at least 1'),
 ])
-def test_tool_refuses_what_it_cannot_draw(arguments, message, tmp_path, capsys):
+def test_command_refuses_what_it_cannot_draw(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        attention_maps.main([str(ROCKET), *arguments, '--out', str(tmp_path / 'out' / 'figure.png')])
+        main(['attention-maps', str(ROCKET), *arguments, '--out', str(tmp_path / 'out' / 'figure.png')])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -213,11 +212,11 @@ def test_tool_refuses_what_it_cannot_draw(arguments, message, tmp_path, capsys):
 @with_figures
 def test_tables_and_radii_are_drawn_for_the_models_that_learn_them(tmp_path, capsys):
     for name in ('gsa_resnet_tiny', 'priorattn_resnet_tiny'):
-        assert learned_positions.main(['--model', name, '--out', str(tmp_path / f'{name}.png')]) == 0
+        assert main(['positions', '--model', name, '--out', str(tmp_path / f'{name}.png')]) == 0
         with Image.open(tmp_path / f'{name}.png') as picture:
             assert min(picture.size) > 400 and len(picture.getcolors(1 << 24)) > 50
     with pytest.raises(SystemExit):
-        learned_positions.main(['--model', 'san_tiny_pairwise', '--out', str(tmp_path / 'none.png')])
+        main(['positions', '--model', 'san_tiny_pairwise', '--out', str(tmp_path / 'none.png')])
     assert '--model must have tables of relative positions or radii, san_tiny_pairwise' in capsys.readouterr().err
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -226,7 +225,7 @@ def test_tables_and_radii_are_drawn_for_the_models_that_learn_them(tmp_path, cap
 def test_classify_draws_where_it_looked(tmp_path):
     widths = []
     for arguments in ([], ['--where']):
-        assert classify.main([str(ROCKET), '--save-dir', str(tmp_path), *arguments]) == 0
+        assert main(['classify', str(ROCKET), '--save-dir', str(tmp_path), *arguments]) == 0
         with Image.open(tmp_path / 'rocket.png') as picture:
             widths.append(picture.width)
     assert widths[1] > widths[0] + 200
@@ -234,14 +233,14 @@ def test_classify_draws_where_it_looked(tmp_path):
 
 def test_missing_libraries_are_named(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
-    for main, arguments in (
-            (classify.main, [str(ROCKET), '--where', '--save-dir', str(tmp_path / 'out')]),
-            (attention_maps.main, [str(ROCKET), '--out', str(tmp_path / 'out.png')]),
-            (learned_positions.main, ['--out', str(tmp_path / 'out.png')]),
+    for arguments in (
+            ['classify', str(ROCKET), '--where', '--save-dir', str(tmp_path / 'out')],
+            ['attention-maps', str(ROCKET), '--out', str(tmp_path / 'out.png')],
+            ['positions', '--out', str(tmp_path / 'out.png')],
     ):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 2
         error = capsys.readouterr().err
-        assert 'needs matplotlib' in error and 'pip install -e ".[interpret]"' in error
+        assert 'needs matplotlib' in error and 'pip install "timm-gsa[interpret]"' in error
     assert not list(tmp_path.iterdir())
