@@ -12,16 +12,6 @@ from typing import Any
 
 import pytest
 
-# One tiny and one real model of each kind. The real ones run where there is nothing to compute: on the meta device.
-TINY = ('gsa_resnet_tiny', 'san_tiny_pairwise', 'san_tiny_patchwise', 'priorattn_resnet_tiny')
-SMALLEST = ('gsa_resnet26', 'san10_pairwise', 'san10_patchwise', 'priorattn_resnet18')
-ALL = (
-    'gsa_resnet26', 'gsa_resnet38', 'gsa_resnet50', 'gsa_resnet101',
-    'san10_pairwise', 'san15_pairwise', 'san19_pairwise', 'san10_patchwise', 'san15_patchwise', 'san19_patchwise',
-    'priorattn_resnet18', 'priorattn_resnet34', 'priorattn_resnet50', 'priorattn_resnet101', 'priorattn_resnet152',
-    *TINY,
-)
-
 # timm's own ResNet, cut down to the size of the tiny models: a test that it does not pass asks too much of ours.
 CONTROL = 'resnet26'
 CONTROL_SHAPE = dict(layers=(1, 2, 2, 1), channels=(32, 64, 96, 128), stem_type='deep', stem_width=12)
@@ -29,6 +19,14 @@ CONTROL_SHAPE = dict(layers=(1, 2, 2, 1), channels=(32, 64, 96, 128), stem_type=
 # Worker processes share the cores, also those in what the tests start; read by torch when it is imported.
 if workers := os.environ.get('PYTEST_XDIST_WORKER_COUNT'):
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // int(workers))))
+
+from timm_gsa.commands.models import registered as registered_models  # noqa: E402
+from timm_gsa.models._families import FAMILIES, tiny_models  # noqa: E402
+
+# One tiny and one real model of each kind. The real ones run where there is nothing to compute: on the meta device.
+TINY = tiny_models()
+SMALLEST = tuple(name for family in FAMILIES for name in family.smallest)
+ALL = tuple(registered_models())
 
 WRAPPERS = r'^(body|model|graph_module)\.'  # of timm's feature extractors around a model
 
@@ -108,10 +106,10 @@ def create(families: dict[str, dict[str, Any]]) -> Callable[..., Any]:
         model = timm.create_model(name, **families[name])
         with torch.no_grad():
             for module in model.modules():
-                if isinstance(module, torch.nn.BatchNorm2d):
+                if isinstance(module, torch.nn.BatchNorm2d | torch.nn.GroupNorm | torch.nn.LayerNorm):
                     module.weight.uniform_(0.5, 1.)
                     module.bias.uniform_(-0.2, 0.2)
-                    module.momentum = 1.
+                    module.momentum = 1.  # of batch norm: its statistics are those of the next batch
             model.train()(torch.randn(8, 3, 64, 64))
         return model.state_dict()
 

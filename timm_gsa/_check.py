@@ -1,9 +1,10 @@
 """Refuses a timm that this package cannot work with, in one sentence."""
 import importlib.metadata
 import inspect
-import re
 import sys
 from importlib import import_module
+
+from packaging.version import InvalidVersion, Version
 
 from .version import __version__
 
@@ -42,13 +43,12 @@ def _timm_version() -> str:
     return version
 
 
-def _release(version: str) -> list[int]:
-    match = re.match(r"\d+(?:\.\d+)*", version)  # a development version counts as the release it leads to
-    return [int(number) for number in match.group().split(".")] if match else []
-
-
 def _too_old(version: str) -> bool:
-    return bool(_release(version)) and _release(version) < _release(TIMM_FLOOR)
+    try:
+        found = Version(version)
+    except InvalidVersion:
+        return False
+    return found.release < Version(TIMM_FLOOR).release  # a development version counts as the release it leads to
 
 
 def _missing() -> list[str]:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-ENTRIES = tuple(f'{arch}.c100' for arch in (
-    'gsa_resnet_tiny', 'priorattn_resnet_tiny', 'san_tiny_pairwise', 'san_tiny_patchwise'))
+from timm_gsa.models._families import tiny_models
+
+ENTRIES = tuple(f'{arch}.c100' for arch in tiny_models())
 
 
 @pytest.fixture(scope='session')

@@ -35,7 +35,7 @@ def hub_entry(tmp_path, monkeypatch):
 
 
 def test_folders_are_what_the_registry_and_the_results_give(run_tool):
-    done = run_tool(ROOT / 'tools' / 'hub_configs.py', 'check')
+    done = run_tool(ROOT / 'tools' / 'release' / 'hub_configs.py', 'check')
     assert (done.returncode, done.stdout) == (0, ''), done.stdout + done.stderr
     assert sorted(path.name for path in CONFIGS.iterdir() if path.is_dir()) == sorted([*ENTRIES, 'recipes'])
 
@@ -116,7 +116,7 @@ def test_what_the_card_tells_users_to_do_works(tmp_path, monkeypatch):
     name = ENTRIES[0]
     shutil.copy(CONFIGS / name / 'config.json', tmp_path)
     shutil.copy(Path(timm_gsa.__file__).parent / 'weights' / f'{name}.safetensors', tmp_path / 'model.safetensors')
-    shutil.copy(ROOT / 'tools' / 'photos' / 'rocket.jpg', tmp_path / 'photo.jpg')
+    shutil.copy(ROOT / 'timm_gsa' / 'photos' / 'rocket.jpg', tmp_path / 'photo.jpg')
     monkeypatch.chdir(tmp_path)
     text = (CONFIGS / name / 'README.md').read_text()
     scope = {}

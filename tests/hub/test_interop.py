@@ -1,14 +1,12 @@
-"""Other ways to the entries: timm's name prefixes, snapshots of huggingface_hub, transformers' wrapper around timm."""
+"""Other ways to the entries: timm's name prefixes, transformers' wrapper around timm."""
 import json
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import interop_table
 import pytest
-import serve_hub
 import timm
 
 import hub_configs
@@ -44,13 +42,13 @@ def repositories(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def endpoint(repositories):
-    with serve_hub.HubServer(serve_hub.entries(repositories, 'timm-gsa')) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield server.endpoint
-        server.shutdown()
-        thread.join()
+def endpoint(hub_module, repositories):
+    with hub_module.Hub() as hub:
+        files = {
+            path.relative_to(repositories / ENTRY).as_posix(): path.read_bytes()
+            for path in (repositories / ENTRY).rglob('*') if path.is_file()}
+        hub.publish(f'timm-gsa/{ENTRY}', files)
+        yield hub.endpoint
 
 
 @pytest.fixture
@@ -80,23 +78,12 @@ result = [torch.equal(own(x), hub(x)), torch.equal(own(x), local(x)), name, args
     assert result == [True, True, 'san_tiny_pairwise', {}, 'rocket']
 
 
-def test_snapshot_is_the_repository(run, repositories):
-    result = run(f"""
-from huggingface_hub import snapshot_download
-folder = Path(snapshot_download('timm-gsa/{ENTRY}'))
-result = {{p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob('*') if p.is_file()}}
-""")
-    assert result == {
-        p.relative_to(repositories / ENTRY).as_posix(): p.stat().st_size
-        for p in (repositories / ENTRY).rglob('*') if p.is_file()}
-
-
 @pytest.mark.interop
 def test_transformers_classifies_with_the_entry(run, record_property):
     did = "`AutoModelForImageClassification`, `pipeline`: an entry's repository on a Hub"
     interop_table.record(record_property, 'transformers', did, ARCHITECTURE)
     pytest.importorskip('transformers', reason='transformers is not installed')
-    photo = ROOT / 'tools' / 'photos' / 'rocket.jpg'
+    photo = ROOT / 'timm_gsa' / 'photos' / 'rocket.jpg'
     logits, own, best = run(f"""
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 photo = Image.open({str(photo)!r}).convert('RGB')

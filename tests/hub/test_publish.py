@@ -1,4 +1,4 @@
-"""tools/publish.py and tools/verify_hub.py against a Hub that takes uploads, and goes wrong to order."""
+"""publish.py and verify_hub.py of tools/release against a Hub that takes uploads, and goes wrong to order."""
 import json
 import re
 from functools import partial

@@ -1,4 +1,4 @@
-"""What the tests with other libraries share: rows of the README's table, and what attention has to do in training."""
+"""What the tests with other libraries share: rows of README.md's table, and what attention has to do in training."""
 import interop_table
 import pytest
 import timm

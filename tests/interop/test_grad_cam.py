@@ -1,15 +1,15 @@
 """pytorch-grad-cam: class-specific maps of a stage and of an attention layer."""
-from pathlib import Path
-
 import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
 
+from timm_gsa.commands._inputs import PHOTOS as PACKAGED
+
 pytestmark = pytest.mark.interop
 
-PHOTOS = sorted((Path(__file__).parents[2] / 'tools' / 'photos').glob('*.jpg'))
+PHOTOS = sorted(PACKAGED.glob('*.jpg'))
 HEIGHT, WIDTH = 96, 128
 
 

@@ -1,6 +1,5 @@
 """transformers: TimmBackbone, and TimmWrapper and its pipeline on folders; tests/hub has them on a Hub."""
 import json
-from pathlib import Path
 
 import pytest
 import timm
@@ -9,9 +8,11 @@ from _hub_entry import Entry
 from PIL import Image
 from safetensors.torch import save_file
 
+from timm_gsa.commands._inputs import PHOTOS as PACKAGED
+
 pytestmark = pytest.mark.interop
 
-PHOTO = Path(__file__).parents[2] / 'tools' / 'photos' / 'rocket.jpg'
+PHOTO = PACKAGED / 'rocket.jpg'
 STAGES = [1, 2, 3, 4]
 
 

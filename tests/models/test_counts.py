@@ -10,9 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import timm_gsa.layers.prior_attention as prior_attention
 from timm_gsa.layers import PairwiseAttention, PatchwiseAttention
+from timm_gsa.models._families import tiny_models
 from timm_gsa.ops import gaussian_attention_reference
 
-TINY = ['gsa_resnet_tiny', 'san_tiny_pairwise', 'san_tiny_patchwise', 'priorattn_resnet_tiny']
+TINY = tiny_models()
 
 
 def create(name: str, **kwargs) -> nn.Module:

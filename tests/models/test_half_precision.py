@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_gsa.layers import GlobalSelfAttention, PairwiseAttention, PatchwiseAttention, PriorAttention
+from timm_gsa.models._families import tiny_models
 from timm_gsa.models.san import SANBlock
 
-NAMES = ['gsa_resnet_tiny', 'san_tiny_pairwise', 'san_tiny_patchwise', 'priorattn_resnet_tiny']
+NAMES = tiny_models()
 LAYERS = {
     'gsa': functools.partial(GlobalSelfAttention, 64, 14, stride=2),
     'prior': functools.partial(PriorAttention, 64, stride=2, ratio=0.25),

@@ -10,9 +10,10 @@ from timm.models import load_checkpoint
 
 import timm_gsa.layers.global_self_attention as global_self_attention
 from timm_gsa.layers import GlobalSelfAttention, PriorAttention
+from timm_gsa.models._families import FAMILIES, tiny_models
 
-TINY = ['gsa_resnet_tiny', 'san_tiny_pairwise', 'san_tiny_patchwise', 'priorattn_resnet_tiny']
-SMALLEST = ['gsa_resnet26', 'san10_pairwise', 'san10_patchwise', 'priorattn_resnet18']
+TINY = tiny_models()
+SMALLEST = [name for family in FAMILIES for name in family.smallest]
 
 
 @pytest.fixture(autouse=True)

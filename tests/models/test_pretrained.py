@@ -2,19 +2,19 @@
 import hashlib
 import json
 from importlib.resources import files
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 from timm.data import create_transform, resolve_model_data_config
 
+from timm_gsa.models._families import tiny_models
+
 WEIGHTS = files('timm_gsa') / 'weights'
 RESULTS = json.loads((WEIGHTS / 'c100.json').read_text())
-TINY = ['gsa_resnet_tiny', 'priorattn_resnet_tiny', 'san_tiny_pairwise', 'san_tiny_patchwise']
 
 
-@pytest.mark.parametrize('name', TINY)
+@pytest.mark.parametrize('name', tiny_models())
 def test_recorded_file_is_the_one_shipped(name):
     path = WEIGHTS / f'{name}.c100.safetensors'
     recorded = RESULTS['models'][f'{name}.c100']
@@ -28,7 +28,7 @@ def test_all_weights_stay_small():
     assert sum(len(path.read_bytes()) for path in WEIGHTS.iterdir()) < 8e6
 
 
-@pytest.mark.parametrize('name', TINY)
+@pytest.mark.parametrize('name', tiny_models())
 def test_pretrained_weights_load_without_network(name, monkeypatch):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     assert timm.is_model_pretrained(name) and f'{name}.c100' in timm.list_pretrained(name)
@@ -46,11 +46,11 @@ def test_pretrained_weights_load_without_network(name, monkeypatch):
     assert error.norm() < 5e-3 * colour.norm()
 
 
-@pytest.mark.parametrize('name', TINY)
+@pytest.mark.parametrize('name', tiny_models())
 def test_trained_models_know_a_rocket(name):
     from PIL import Image
     model = timm.create_model(name, pretrained=True).eval()
     transform = create_transform(**resolve_model_data_config(model))
-    with Image.open(Path(__file__).parents[2] / 'tools' / 'photos' / 'rocket.jpg') as photo:
+    with Image.open(str(files('timm_gsa') / 'photos' / 'rocket.jpg')) as photo:
         best = model(transform(photo).unsqueeze(0)).topk(5).indices[0]
     assert 'rocket' in [model.pretrained_cfg['label_names'][i] for i in best]

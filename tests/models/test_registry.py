@@ -8,15 +8,15 @@ import safetensors.torch
 import timm
 import torch
 
-import timm_gsa  # noqa: F401
+from timm_gsa.models._families import FAMILIES, family_of
 
-FILES = ('gsa_resnet', 'priorattn_resnet', 'san')
+FILES = tuple(family.name for family in FAMILIES)
 
 
 def test_every_model_is_registered_under_its_file(registered):
     assert timm.is_model(registered)
     [file] = [file for file in FILES if registered in timm.list_models(module=file)]
-    assert registered.split('_')[0].rstrip('0123456789') == file.split('_')[0]
+    assert family_of(registered).name == file
     entry_point = timm.model_entrypoint(registered)
     assert entry_point.__module__ == f'timm_gsa.models.{file}' and entry_point.__name__ == registered
     assert len(entry_point.__doc__.splitlines()) == 1

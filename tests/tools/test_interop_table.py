@@ -1,14 +1,14 @@
-"""The README's table of other libraries: made of a report of pytest."""
+"""The table of other libraries: made of a report of pytest."""
 from pathlib import Path
 from xml.sax.saxutils import quoteattr
 
-import _readme
 import interop_table
 import pytest
+from _sections import Section
 
 TOOLS = Path(interop_table.__file__).parent
-MODELS = list(interop_table.FAMILIES)
-HEAD = '| library | version | what was done | families | result |\n| --- | --- | --- | --- | --- |\n'
+MODELS = list(interop_table.MODELS)
+HEAD = '| library | version | what was done | models | result |\n| --- | --- | --- | --- | --- |\n'
 
 
 def case(library=None, did='`run`', model='gsa_resnet_tiny', version='1.0', result=None, outcome='', line=0):
@@ -34,8 +34,8 @@ def report(tmp_path):
 def readme(tmp_path, monkeypatch):
     """A README with nothing between the markers, in the place of the real one."""
     path = tmp_path / 'README.md'
-    path.write_text(f'before\n{interop_table.SECTION.begin}\n{interop_table.SECTION.end}\nafter\n')
-    monkeypatch.setattr(_readme, 'README', path)
+    path.write_text('before\n<!-- table -->\n<!-- end of table -->\nafter\n')
+    monkeypatch.setattr(interop_table, 'SECTION', Section(path, 'table'))
     return path
 
 
@@ -48,8 +48,9 @@ def test_results_that_differ_are_rows_of_their_families(report):
     path = report(*[
         case('a', model=model, result='needs `x | y`' if 'gsa' in model else None) for model in reversed(MODELS)])
     assert interop_table.table(path) == (
-        HEAD + '| a | 1.0 | `run` | SAN pairwise, SAN patchwise, prior attention | works untouched |\n'
-        r'| a | 1.0 | `run` | GSA-ResNet | needs `x \| y` |')
+        HEAD + '| a | 1.0 | `run` | `san_tiny_pairwise`, `san_tiny_patchwise`, `priorattn_resnet_tiny` '
+        '| works untouched |\n'
+        r'| a | 1.0 | `run` | `gsa_resnet_tiny` | needs `x \| y` |')
 
 
 def test_rows_go_by_library_then_as_the_tests_ran(report):
@@ -68,8 +69,8 @@ def test_rows_keep_the_order_of_the_tests_when_several_processes_ran_them(report
 def test_missing_library_is_said_so(report):
     path = report(case('a', version='', outcome='<skipped message="a is not installed"/>'), case('b'))
     assert interop_table.table(path) == (
-        HEAD + '| a |  | `run` | GSA-ResNet | not run: a is not installed |\n'
-        '| b | 1.0 | `run` | GSA-ResNet | works untouched |')
+        HEAD + '| a |  | `run` | `gsa_resnet_tiny` | not run: a is not installed |\n'
+        '| b | 1.0 | `run` | `gsa_resnet_tiny` | works untouched |')
 
 
 @pytest.mark.parametrize('outcome', ['<failure message="x"/>', '<error message="x"/>'])
@@ -88,7 +89,7 @@ def test_report_without_rows_is_an_error(report, capsys):
 @pytest.mark.parametrize('outcome', ['', '<skipped message="too old"/>'])
 def test_test_without_a_row_is_passed_over(report, outcome):
     path = report(case('a'), case(outcome=outcome))
-    assert interop_table.table(path) == HEAD + '| a | 1.0 | `run` | GSA-ResNet | works untouched |'
+    assert interop_table.table(path) == HEAD + '| a | 1.0 | `run` | `gsa_resnet_tiny` | works untouched |'
 
 
 def test_write_then_check(report, readme, capsys):
@@ -96,8 +97,7 @@ def test_write_then_check(report, readme, capsys):
     assert interop_table.main(['--check', '--junit', written]) == 1
     assert interop_table.main(['--write', '--junit', written]) == 0
     assert readme.read_text() == (
-        f'before\n{interop_table.SECTION.begin}\n{interop_table.table(Path(written))}\n'
-        f'{interop_table.SECTION.end}\nafter\n')
+        f'before\n<!-- table -->\n{interop_table.table(Path(written))}\n<!-- end of table -->\nafter\n')
     assert interop_table.main(['--check', '--junit', written]) == 0
     assert interop_table.main(['--check', '--junit', str(report(case('a', version='2.0')))]) == 0
     capsys.readouterr()
@@ -107,8 +107,8 @@ def test_write_then_check(report, readme, capsys):
 
 
 def test_readme_without_markers_is_an_error(report, readme):
-    readme.write_text(f'{interop_table.SECTION.begin}\n')
-    with pytest.raises(ValueError, match='README.md must hold the lines .*end of interop table'):
+    readme.write_text('<!-- table -->\n')
+    with pytest.raises(ValueError, match='README.md must hold the lines .*end of table'):
         interop_table.main(['--write', '--junit', str(report(case('a')))])
 
 
@@ -142,8 +142,8 @@ def test_other():
 def test_runs_the_tests_itself(project, readme):
     assert interop_table.main(['--write']) == 0
     assert readme.read_text().splitlines()[4:6] == [
-        '| no-such-library |  | `run` | GSA-ResNet | not run: no-such-library is not installed |',
-        f'| pytest | {pytest.__version__} | `run` | GSA-ResNet | needs nothing |',
+        '| no-such-library |  | `run` | `gsa_resnet_tiny` | not run: no-such-library is not installed |',
+        f'| pytest | {pytest.__version__} | `run` | `gsa_resnet_tiny` | needs nothing |',
     ]
     (project / 'test_it.py').write_text('import pytest\n@pytest.mark.interop\ndef test_it():\n    assert False\n')
     before = readme.read_text()

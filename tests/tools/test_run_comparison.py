@@ -43,7 +43,7 @@ def home(tmp_path, monkeypatch):
     """A folder with a stand-in for train.py and a plan."""
     script = tmp_path / 'train.py'
     script.write_text(STAND_IN)
-    monkeypatch.setattr(run_comparison, 'TRAIN', (str(script),))
+    monkeypatch.setenv('TIMM_REPO', str(tmp_path))
     before = signal.getsignal(signal.SIGTERM)
     (tmp_path / 'plan.yaml').write_text('seeds: [0, 7]\nruns:\n  one: --epochs 2\n  two: "--config \'a b\'"\n')
     yield tmp_path

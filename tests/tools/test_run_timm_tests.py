@@ -1,4 +1,4 @@
-"""tools/run_timm_tests.py: that it aims timm's tests at our models, and that nothing but a full pass is a pass.
+"""tools/checks/run_timm_tests.py: that it aims timm's tests at our models, and that nothing but a full pass is a pass.
 
 timm's tests are played by a stand-in of a few lines, in the forms that timm's have; the runner, its plugin, pytest,
 timm and the registered models are the real ones. Nothing is downloaded: pip takes the stand-in from a folder.
@@ -25,7 +25,7 @@ import torch
 
 import timm_gsa  # noqa: F401, registers the models where the package is not installed
 
-TOOLS = Path(__file__).parents[2] / "tools"
+TOOLS = Path(__file__).parents[2] / "tools" / "checks"
 MODELS = ["gsa_resnet_tiny", "san_tiny_pairwise"]
 HEAD = """
 import os

@@ -146,13 +146,13 @@ def _check(state_dict: dict[str, Any], model: nn.Module) -> None:
     Shapes and, for the same number of classes, superfluous names are left to `load_state_dict`.
     """
     own = model.state_dict()
-    classifier = getattr(model, 'pretrained_cfg', {}).get('classifier', 'fc')
-    left_out = tuple(f'{name}.' for name in ([classifier] if isinstance(classifier, str) else classifier))
+    names = (getattr(model, 'pretrained_cfg', None) or {}).get('classifier') or ()
+    classifier = tuple(f'{name}.' for name in ((names,) if isinstance(names, str) else names))
     problems = [
         f'{key} is missing' for key in own
         if key not in state_dict
         and not key.endswith('num_batches_tracked')
-        and not key.startswith(left_out)  # timm leaves the classifier out for other classes
+        and not key.startswith(classifier)  # timm leaves it out for other classes
     ]
     for key, tensor in state_dict.items():
         if key in own and own[key].is_floating_point() and not tensor.is_floating_point():

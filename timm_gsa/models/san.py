@@ -341,7 +341,7 @@ def _create_san(variant: str, pretrained: bool = False, **kwargs: Any) -> SAN:
         variant,
         pretrained,
         advice="The authors' own file loads with pretrained_cfg_overlay=dict(file=PATH); "
-        'tools/convert_san.py makes a folder for the Hub of it.',
+        '`timm-gsa convert-san` makes a folder for the Hub of it.',
         pretrained_filter_fn=checkpoint_filter_fn,
         **kwargs,
     )

@@ -1,0 +1,64 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from timm_gsa.commands import main
+from timm_gsa.commands._inputs import PHOTOS
+
+
+def classify(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, '-m', 'timm_gsa', 'classify', *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
+        timeout=300)
+
+
+def test_classify_names_what_is_in_the_photos_and_draws_a_picture_of_each(tmp_path):
+    done = classify('--save-dir', tmp_path / 'out', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = dict(line.split(': ', 1) for line in done.stdout.splitlines())
+    assert sorted(lines) == ['astronaut.jpg', 'chelsea.jpg', 'coffee.jpg', 'rocket.jpg']
+    assert 'rocket' in lines['rocket.jpg'] and 'cup' in lines['coffee.jpg']
+    for name, listing in lines.items():
+        assert listing.count(' %') == 5
+        with Image.open(tmp_path / 'out' / f'{Path(name).stem}.png') as picture:
+            assert picture.width > picture.height >= 320
+            assert len(picture.getcolors(1 << 24)) > 100
+    assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == [
+        'astronaut.png', 'chelsea.png', 'coffee.png', 'rocket.png']
+
+
+def test_classify_says_which_files_it_could_not_read_and_does_the_others(tmp_path):
+    photo = next(PHOTOS.glob('*.jpg'))
+    (tmp_path / 'empty.jpg').touch()
+    (tmp_path / 'text.jpg').write_text('no image')
+    (tmp_path / 'cut.jpg').write_bytes(photo.read_bytes()[:5000])
+    (tmp_path / 'folder').mkdir()
+    Image.new('1', (15000, 15000)).save(tmp_path / 'bomb.png')  # beyond twice Pillow's limit of pixels
+    Image.new('RGBA', (3, 200), 'red').save(tmp_path / 'thin.png')
+    Image.new('I;16', (40, 30), 999).save(tmp_path / 'deep.png')
+    bad = ['missing.jpg', 'empty.jpg', 'text.jpg', 'cut.jpg', 'folder', 'bomb.png']
+    done = classify(photo, *bad, 'thin.png', 'deep.png', photo, '--top-k', 2, '--model', 'san_tiny_patchwise',
+                    '--save-dir', 'out', cwd=tmp_path)
+    assert done.returncode == 1
+    assert [line.split(': not classified: ')[0] for line in done.stderr.splitlines()] == bad
+    assert all(line.split(': not classified: ')[1] for line in done.stderr.splitlines())
+    assert len(done.stdout.splitlines()) == 4
+    assert all(line.count(' %') == 2 for line in done.stdout.splitlines())
+    assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == sorted(
+        [f'{photo.stem}.png', f'{photo.stem}-2.png', 'thin.png', 'deep.png'])
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--model', 'gsa_resnet50'], 'gsa_resnet_tiny.c100'),
+    (['--model', 'no_such_model'], 'no_such_model'),
+    (['--top-k', '0'], 'at least 1'),
+])
+def test_classify_refuses_what_it_cannot_do(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match='2'):
+        main(['classify', *arguments])
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

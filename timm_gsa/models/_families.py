@@ -1,0 +1,161 @@
+"""What each family is: one record, from which tables, model cards, commands, benchmarks and tests take their lists.
+
+Adding a family is its model file with the layer and operation files it needs, a record here and its tests.
+"""
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+__all__ = ['FAMILIES', 'Family', 'family_of', 'tiny_models']
+
+
+@dataclass(frozen=True)
+class Family:
+    """One paper and its models.
+
+    Attributes:
+        name: Module in `timm_gsa.models`.
+        title: Name for people.
+        arxiv: Number of the paper at arXiv.
+        bibtex: Citation of the paper.
+        prefix: Start of the names of its models.
+        tiny: Models that train on a CPU, one for each kind of attention; their pretrained weights are in the package.
+        smallest: The smallest model of the paper's size for each kind.
+        usual: Models that stand beside ResNet-50 in benchmarks.
+        verified: What is verified, in Markdown.
+        ours: What is our choice, in Markdown.
+        attention: True if `timm_gsa.attention_maps` can show what its models attend to.
+        rollout: True if attention rollout has a meaning for its models.
+        sized: True if its models take `img_size`.
+        code: Address of the authors' code.
+        code_license: Licence of that code and of the authors' weights.
+        reported: ImageNet-1k top-1 in percent by model, as the paper reports it.
+        reported_status: What `reported` rests on. None of it was measured here.
+        reported_confirmed: True if `reported` was read at the source, so that tables may show it.
+        weights: Where weights of the paper's size come from, one sentence.
+    """
+
+    name: str
+    title: str
+    arxiv: str
+    bibtex: str
+    prefix: str
+    tiny: tuple[str, ...]
+    smallest: tuple[str, ...]
+    usual: tuple[str, ...]
+    verified: str
+    ours: str
+    attention: bool
+    rollout: bool = False
+    sized: bool = False
+    code: str | None = None
+    code_license: str | None = None
+    reported: Mapping[str, float] = field(default_factory=dict)
+    reported_status: str = ''
+    reported_confirmed: bool = False
+    weights: str = ''
+
+
+FAMILIES = (
+    Family(
+        name='gsa_resnet',
+        title='GSA-ResNet',
+        arxiv='2010.03019',
+        bibtex="""\
+@misc{shen2020global,
+  title = {Global Self-Attention Networks for Image Recognition},
+  author = {Zhuoran Shen and Irwan Bello and Raviteja Vemulapalli and Xuhui Jia and Ching-Hui Chen},
+  year = {2020}, eprint = {2010.03019}, archivePrefix = {arXiv}
+}""",
+        prefix='gsa_resnet',
+        tiny=('gsa_resnet_tiny',),
+        smallest=('gsa_resnet26',),
+        usual=('gsa_resnet50',),
+        verified=(
+            'parameters and multiply-adds agree with the values we believe the paper reports (18.1 M / 7.2 GFLOPs for '
+            '50 layers, 30.4 M / 12.2 GFLOPs for 101, two FLOPs to a multiply-add); they are to be confirmed against '
+            'its text, which we could not read'
+        ),
+        ours=(
+            'initialisation, norm of the query, no bias or norm on key and value, pool before norm, shortcut, '
+            'resampling of tables'
+        ),
+        attention=True,
+        rollout=True,
+        sized=True,
+        reported={'gsa_resnet50': 78.5, 'gsa_resnet101': 79.6},
+        reported_status='recalled, not confirmed; an author states +1.6 over ResNet-50 for 50 layers',
+    ),
+    Family(
+        name='san',
+        title='SAN',
+        arxiv='2004.13621',
+        bibtex="""\
+@inproceedings{zhao2020exploring,
+  title = {Exploring Self-attention for Image Recognition},
+  author = {Hengshuang Zhao and Jiaya Jia and Vladlen Koltun},
+  booktitle = {CVPR}, year = {2020}
+}""",
+        prefix='san',
+        tiny=('san_tiny_pairwise', 'san_tiny_patchwise'),
+        smallest=('san10_pairwise', 'san10_patchwise'),
+        usual=('san10_patchwise', 'san10_pairwise'),
+        verified=(
+            "operations, modules and whole networks against the authors' code in float64, with gradients and running "
+            'statistics; parameters and costs'
+        ),
+        ours='maps smaller than reflection allows, `output_stride`, stochastic depth',
+        attention=True,
+        rollout=True,
+        code='https://github.com/hszhao/SAN',
+        code_license='mit',
+        reported={
+            'san10_pairwise': 74.9, 'san15_pairwise': 76.6, 'san19_pairwise': 76.9,
+            'san10_patchwise': 77.1, 'san15_patchwise': 78.0, 'san19_patchwise': 78.2,
+        },
+        reported_status="the authors' README",
+        reported_confirmed=True,
+        weights="the authors' file, by timm-gsa convert-san",
+    ),
+    Family(
+        name='priorattn_resnet',
+        title='prior-attention ResNet',
+        arxiv='2006.07872',
+        bibtex="""\
+@inproceedings{tan2021explicitly,
+  title = {Explicitly Modeled Attention Maps for Image Classification},
+  author = {Andong Tan and Duc Tam Nguyen and Maximilian Dax and Matthias Nie{\\ss}ner and Thomas Brox},
+  booktitle = {AAAI}, year = {2021}
+}""",
+        prefix='priorattn_resnet',
+        tiny=('priorattn_resnet_tiny',),
+        smallest=('priorattn_resnet18',),
+        usual=('priorattn_resnet50',),
+        verified="a reconstruction; the paper's parameter and FLOP claims for depth 152 are reproduced",
+        ours=(
+            'one radius a layer, its initial value and unit, pool before the value projection, depths 18 and 34'
+        ),
+        attention=True,
+        reported={'priorattn_resnet152': 80.0},
+        reported_status='derived from the claim of +0.9 over AA-ResNet-152',
+    ),
+)
+
+
+def family_of(model: str) -> Family:
+    """Record of the family that a model of this package belongs to.
+
+    Args:
+        model: Registered name, also with a tag (arch.tag).
+
+    Raises:
+        ValueError: It belongs to none.
+    """
+    for family in FAMILIES:
+        if model.startswith(family.prefix):
+            return family
+    raise ValueError(f'model must start with {", ".join(family.prefix for family in FAMILIES)}, got {model!r}')
+
+
+def tiny_models(attention: bool = False) -> tuple[str, ...]:
+    """Names of the tiny models of all families, or of those that have attention to show."""
+    return tuple(name for family in FAMILIES if family.attention or not attention for name in family.tiny)
