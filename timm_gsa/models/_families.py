@@ -138,6 +138,56 @@ FAMILIES = (
         reported={'priorattn_resnet152': 80.0},
         reported_status='derived from the claim of +0.9 over AA-ResNet-152',
     ),
+    Family(
+        name='smlpnet',
+        title='sMLPNet',
+        arxiv='2109.05422',
+        bibtex="""\
+@inproceedings{tang2022sparse,
+  title = {Sparse {MLP} for Image Recognition: Is Self-Attention Really Necessary?},
+  author = {Chuanxin Tang and Yucheng Zhao and Guangting Wang and Chong Luo and Wenxuan Xie and Wenjun Zeng},
+  booktitle = {AAAI}, year = {2022}
+}""",
+        prefix='smlpnet',
+        tiny=(),
+        smallest=('smlpnet_tiny',),
+        usual=('smlpnet_tiny',),
+        verified=(
+            "modules and whole networks against the authors' code in float64, with gradients and running statistics; "
+            'parameters and costs'
+        ),
+        ours='images of another size than 224 and another aspect ratio, `smlpnet_mini`',
+        attention=False,
+        sized=True,
+        code='https://github.com/microsoft/SPACH',
+        code_license='mit',
+        reported={'smlpnet_tiny': 81.9, 'smlpnet_small': 83.1, 'smlpnet_base': 83.4},
+        reported_status="the authors' README",
+        reported_confirmed=True,
+        weights="the authors' file, by `pretrained_cfg_overlay`",
+    ),
+    Family(
+        name='dcac',
+        title='DC-AC',
+        arxiv='2208.06980',
+        bibtex="""\
+@misc{wong2022faster,
+  title = {Faster Attention Is What You Need: A Fast Self-Attention Neural Network Backbone Architecture for the Edge via
+    Double-Condensing Attention Condensers},
+  author = {Alexander Wong and Mohammad Javad Shafiee and Saad Abbasi and Saeejith Nair and Mahmoud Famouri},
+  year = {2022}, eprint = {2208.06980}, archivePrefix = {arXiv}
+}""",
+        prefix='dcac',
+        tiny=(),
+        smallest=('dcac_325mf',),
+        usual=('dcac_325mf',),
+        verified=(
+            "reduced networks against the authors' code in float64, with gradients and running statistics; parameters "
+            'and names'
+        ),
+        ours='`output_stride`, stochastic depth, `dcac_mini`; AttendNet-A and -B are unpublished and cannot be rebuilt',
+        attention=False,
+    ),
 )
 
 

@@ -21,9 +21,8 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.data import create_dataset, create_transform, resolve_data_config
 
-import timm_gsa  # noqa: F401  registers the models
-
 from timm_gsa.commands._inputs import PHOTOS
+
 CONTRASTS = (0.1, 3., 10.)
 SIZES = (32, 48, 96, 128, 224, 512)
 
