@@ -49,9 +49,9 @@ from tqdm import tqdm
 
 import timm_gsa
 from timm_gsa import layers, ops
-from timm_gsa.layers import _pool, prior_attention, san_attention
-from timm_gsa.models import san
+from timm_gsa.layers import _pool, san_attention
 from timm_gsa.ops.gsa import reference as gsa_reference
+from timm_gsa.ops.san import reference as san_reference
 
 OURS = ('gsa_resnet50', 'san10_patchwise', 'san10_pairwise', 'priorattn_resnet50')
 PEERS = ('halonet26t', 'botnet26t_256', 'lambda_resnet26t')
@@ -153,15 +153,7 @@ def least_bytes(batch: int, channels: int, side: int, kernel_size: int, itemsize
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
     """Within it, our layers compute as the papers are usually written down: unfold, one-hot products, dense maps."""
-    with timm_gsa.use_backend('reference'), replaced(
-        (san_attention, 'aggregation', ops.aggregation_reference),
-        (san_attention, 'eager_on_cpu', lambda *tensors: False),
-        (san_attention, 'inference_on_cpu', lambda *tensors: False),
-        (san_attention, 'kernels_serve', lambda *tensors: False),
-        (san, 'inference_on_cpu', lambda *tensors: False),
-        (_pool, 'inference_on_cpu', lambda *tensors: False),
-        (prior_attention, 'gaussian_attention', ops.gaussian_attention_reference),
-    ):
+    with timm_gsa.use_backend('reference'):
         yield
 
 
@@ -349,7 +341,7 @@ def operation_groups(setting: Setting, batch: int) -> Groups:
         def ours(weight: torch.Tensor) -> Moving:
             return Moving(way(code(lambda v, w: ops.aggregation(v, w, kernel_size)), (value, weight)), least)
 
-        runs = {'unfold, einsum': way(lambda v, w: ops.aggregation_reference(v, w, kernel_size), (value, weight))}
+        runs = {'unfold, einsum': way(lambda v, w: san_reference.aggregation(v, w, kernel_size), (value, weight))}
         if has_global_loop(setting.device):
             single = value.float().contiguous(), weight.float()
             runs['global-memory loop, float32'] = way(lambda v, w: global_loop()(v, w, kernel_size), single)
