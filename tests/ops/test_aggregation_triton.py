@@ -159,7 +159,13 @@ def on_cuda(
     ((8, 1), False),
     ((4, 4, torch.complex64, torch.complex64), False),
 ])
-def test_kernels_serve_a_gpu_where_plain_reflection_exists(with_triton: None, arguments: tuple, taken: bool) -> None:
+def test_kernels_serve_a_gpu_where_plain_reflection_exists(
+        with_triton: None,
+        arguments: tuple,
+        taken: bool,
+        monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(backend, "why_not_plain_tensors", lambda *tensors: None)  # fake ones
     with torch._subclasses.FakeTensorMode():
         assert form(*on_cuda(*arguments)) == ("triton" if taken else "torch")
 
@@ -490,15 +496,18 @@ class TestKernels(Interpreted):
         for got, want in zip(second(fused, 3, 1), second(aggregation_reference, 3), strict=True):
             torch.testing.assert_close(got, want)
 
-    def test_torch_accepts_the_operators(self, kernels: Any) -> None:
+    def test_torch_accepts_the_operators(self) -> None:
         value, weight, cotangent = made_case(1, 1, 2, (2, 3), 3)
-        torch.library.opcheck(torch.ops.timm_gsa.triton_aggregation.default, (value.requires_grad_(), weight.requires_grad_(), 3, 1))
+        operators = torch.ops.timm_gsa
+        arguments = (value.requires_grad_(), weight.requires_grad_(), 3, 1)
+        torch.library.opcheck(operators.triton_aggregation.default, arguments)
         few = ("test_schema", "test_autograd_registration", "test_faketensor")
         value, weight = value.detach(), weight.detach()
-        torch.library.opcheck(torch.ops.timm_gsa.triton_aggregation_value_grad.default, (cotangent, weight, 3, 1), test_utils=few)
+        arguments = (cotangent, weight, 3, 1)
+        torch.library.opcheck(operators.triton_aggregation_value_grad.default, arguments, test_utils=few)
         for order in WEIGHTS.values():
             arguments = (cotangent, value, 3, 1, 2, torch.float32, list(order))
-            torch.library.opcheck(torch.ops.timm_gsa.triton_aggregation_weight_grad.default, arguments, test_utils=few)
+            torch.library.opcheck(operators.triton_aggregation_weight_grad.default, arguments, test_utils=few)
 
     @pytest.mark.parametrize(("order", "expected"), [("gkp", "gkp"), ("kpg", "kpg"), ("pkg", "pkg"), ("pgk", "pkg")])
     def test_gradient_of_the_weight_is_laid_out_for_whole_stores(
