@@ -109,19 +109,19 @@ def test_training_on_large_maps_keeps_no_relations(kind):
     assert sum(held.values()) < weights + 8 * 4 * x.numel()
 
 
-@pytest.mark.parametrize('change', CHANGES)
 @pytest.mark.parametrize('train', [False, True])
+@pytest.mark.parametrize('change', CHANGES)
 @pytest.mark.filterwarnings('ignore:.*weight_norm', 'ignore:.*spectral_norm')
 def test_layers_changed_by_hand_take_the_general_path(layer, by_rows, change, train):
-    layer.train(train)
-    change(layer)
+    if train and change is CHANGES[0]:
+        pytest.skip('norms in training are no change to a layer in training')
     x = images(2, 6, 6)
-    other = copy.deepcopy(layer) if 'forward' not in layer.conv1.__dict__ | layer.act2.__dict__ else layer
-    expected = generally(other, x).detach()
-    if other is layer and train:
-        return
-    assert not short_cuts(copy.deepcopy(layer) if train else layer, x)
-    torch.testing.assert_close(layer(x).detach(), expected)
+    layers = [copy.deepcopy(layer.train(train)) for _ in range(3)]
+    for each in layers:
+        torch.manual_seed(1)
+        change(each)
+    torch.testing.assert_close(layers[0](x), generally(layers[1], x))
+    assert not short_cuts(layers[2], x)
 
 
 @pytest.mark.filterwarnings('ignore:There is a performance drop')

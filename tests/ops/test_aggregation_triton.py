@@ -15,9 +15,10 @@ import pytest
 import torch
 import torch.nn as nn
 
-import timm_gsa.ops._paths as paths
+import timm_gsa
 from timm_gsa.layers import PairwiseAttention, PatchwiseAttention
 from timm_gsa.ops import aggregation
+from timm_gsa.ops.san import gpu
 from timm_gsa.ops.san.reference import aggregation as aggregation_reference
 
 from .test_aggregation import with_gradients
@@ -31,10 +32,10 @@ from .triton_runs import (
     spilled,
 )
 
-chooser = importlib.import_module("timm_gsa.ops.aggregation")  # the module, which the function hides
+backend = importlib.import_module("timm_gsa.ops._backend")
 
 
-IMPORTED = "timm_gsa.ops._aggregation_triton" in sys.modules  # before any test ran
+IMPORTED = "timm_gsa.ops.san.triton_aggregation" in sys.modules  # before any test ran
 FIRST = ("first", "first inside", "permuted", "expanded")
 WEIGHTS = {  # axes of (B, G, K * K, H, W) from the outermost in memory to the innermost
     "gkp": (0, 1, 2, 3, 4),
@@ -120,18 +121,21 @@ class Module(nn.Module):
 
 
 @pytest.fixture
-def fused(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Calls of the kernels, which do not happen, on a machine that has Triton for its CUDA device."""
-    module = importlib.import_module("timm_gsa.ops._aggregation_triton")
-    calls = []
+def with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that has Triton for its CUDA device, as fake tensors see it."""
+    monkeypatch.setattr(backend, "_why_no_triton", lambda device: None)
 
-    def record(*args: Any) -> torch.Tensor:
-        calls.append(args)
-        return torch.empty_like(args[0])
 
-    monkeypatch.setattr(module, "fused_aggregation", record)
-    monkeypatch.setattr(paths, "_runs_triton", lambda device: True)
-    return calls
+def form(value: torch.Tensor, weight: torch.Tensor) -> str:
+    """What computes an aggregation of 3 x 3 places."""
+    class Sum(nn.Module):
+        def forward(self, value: torch.Tensor) -> torch.Tensor:
+            out = aggregation(value, weight, 3)
+            assert out.shape == value.shape
+            return out
+
+    [choice] = timm_gsa.explain(Sum(), value)[""]
+    return choice.form
 
 
 def on_cuda(
@@ -155,18 +159,22 @@ def on_cuda(
     ((8, 1), False),
     ((4, 4, torch.complex64, torch.complex64), False),
 ])
-def test_kernels_serve_a_gpu_where_plain_reflection_exists(fused: list, arguments: tuple, taken: bool) -> None:
+def test_kernels_serve_a_gpu_where_plain_reflection_exists(
+        with_triton: None,
+        arguments: tuple,
+        taken: bool,
+        monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(backend, "why_not_plain_tensors", lambda *tensors: None)  # fake ones
     with torch._subclasses.FakeTensorMode():
-        out = aggregation(*on_cuda(*arguments), 3)
-    assert out.shape == (2, 6, *arguments[:2])
-    assert len(fused) == taken
+        assert form(*on_cuda(*arguments)) == ("triton" if taken else "torch")
 
 
 @needs_triton
-def test_kernels_do_not_serve_a_cpu(fused: list) -> None:
+def test_kernels_do_not_serve_a_cpu(with_triton: None) -> None:
     value, weight, _ = made_case(1, 2, 3, (4, 5), 3)
     torch.testing.assert_close(aggregation(value, weight, 3), aggregation_reference(value, weight, 3))
-    assert not fused
+    assert form(value, weight) == "torch"
 
 
 @pytest.mark.skipif(torch.__version__ < "2.8", reason="fake tensors of a GPU ask earlier torch for its driver")
@@ -176,18 +184,18 @@ def test_without_triton_a_gpu_takes_the_way_of_the_cpu(missing: str, monkeypatch
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.9"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    finds_triton = paths._finds_triton.__wrapped__
-    assert finds_triton(torch.device("cuda"))
+    why_not = backend._triton_on.__wrapped__
+    assert why_not(torch.device("cuda")) is None
     if missing == "Triton":
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     elif missing == "CUDA":
         monkeypatch.setattr(torch.version, "cuda", None)
     else:
         monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.7.1"))
-    assert not finds_triton(torch.device("cuda"))
-    monkeypatch.setattr(paths, "_runs_triton", finds_triton)
+    assert missing.split()[-1] in why_not(torch.device("cuda")) or missing == "torch 2.8"
+    monkeypatch.setattr(backend, "_why_no_triton", why_not)
     with torch._subclasses.FakeTensorMode():
-        assert aggregation(*on_cuda(4, 5), 3).shape == (2, 6, 4, 5)
+        assert form(*on_cuda(4, 5)) == "torch"
 
 
 @pytest.mark.parametrize(("capability", "served"), [((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 0), True)])
@@ -201,30 +209,28 @@ def test_triton_asks_for_a_capability(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert paths._finds_triton.__wrapped__(torch.device("cuda:0")) is served
+    assert (backend._triton_on.__wrapped__(torch.device("cuda:0")) is None) is served
 
 
 @needs_triton
-def test_compiler_sees_one_operator(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paths, "_finds_triton", lambda device: True)
+def test_compiler_sees_one_operator(with_triton: None) -> None:
     graphs = []
 
-    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+    def compiler(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
         graphs.append(graph)
         return graph.forward
 
     torch._dynamo.reset()
     with torch._subclasses.FakeTensorMode():
-        out = torch.compile(aggregation, backend=backend, fullgraph=True)(*on_cuda(4, 5, torch.bfloat16), 3)
+        out = torch.compile(aggregation, backend=compiler, fullgraph=True)(*on_cuda(4, 5, torch.bfloat16), 3)
     assert (out.dtype, out.device.type) == (torch.bfloat16, "cuda")
     called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
-    assert called == ["timm_gsa.aggregation.default"]
+    assert called == ["timm_gsa.triton_aggregation.default"]
 
 
 @needs_triton
 @pytest.mark.parametrize("strict", [False, True])
-def test_exported_programs_hold_no_operator_of_ours(strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paths, "_finds_triton", lambda device: True)
+def test_exported_programs_hold_no_operator_of_ours(strict: bool, with_triton: None) -> None:
     with torch._subclasses.FakeTensorMode():
         program = torch.export.export(Module(), on_cuda(4, 5), strict=strict)
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
@@ -235,7 +241,7 @@ def test_exported_programs_hold_no_operator_of_ours(strict: bool, monkeypatch: p
 def test_export_is_known_from_compilation() -> None:
     class Asks(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x + (1 if paths.is_exporting() else 2)
+            return x + (1 if backend.is_exporting() else 2)
 
     torch._dynamo.reset()
     x = torch.zeros(1)
@@ -244,18 +250,19 @@ def test_export_is_known_from_compilation() -> None:
         assert torch.export.export(Asks(), (x,)).module()(x).item() == 1
 
 
-def test_function_transforms_take_the_way_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paths, "_finds_triton", lambda device: True)
-    answers = []
+@needs_triton
+def test_function_transforms_take_plain_operators(with_triton: None) -> None:
+    reasons = []
 
     def ask(x: torch.Tensor) -> torch.Tensor:
-        answers.append(paths._runs_triton(torch.device("cuda")))
+        reasons.append(backend.why_not_triton(torch.empty(1, device="cuda")))
         return x
 
-    ask(torch.ones(()))
-    torch.func.grad(ask)(torch.ones(()))
-    torch.func.vmap(ask)(torch.ones(2))
-    assert answers == [True, False, False]
+    with torch._subclasses.FakeTensorMode():
+        ask(torch.ones(()))
+        torch.func.grad(ask)(torch.ones(()))
+        torch.func.vmap(ask)(torch.ones(2))
+    assert reasons == [None, *["torch.func's transforms take plain operators"] * 2]
 
 
 def test_import_leaves_the_kernels_alone() -> None:
@@ -291,7 +298,7 @@ def test_compiled_for_a_gpu_each_keeps_its_sums_in_registers_and_reads_16_bytes_
     from triton.compiler import ASTSource
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernels = importlib.import_module("timm_gsa.ops._aggregation_triton")
+    kernels = importlib.import_module("timm_gsa.ops.san.triton_aggregation")
     types = {
         torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64", int: "i32",
     }
@@ -321,7 +328,7 @@ def test_compiled_for_a_gpu_each_keeps_its_sums_in_registers_and_reads_16_bytes_
 
     monkeypatch.setattr(kernels, "_tuned", Compiled)
     case = made_case(2, 8, 8, (kernel_size, 12), kernel_size, layout, order, dtype)
-    with_gradients(kernels.fused_aggregation, *case, kernel_size, 1)
+    with_gradients(torch.ops.timm_gsa.triton_aggregation, *case, kernel_size, 1)
     assert len(compiled) == 3
     for number, program in enumerate(compiled):
         accesses = set(re.findall(r"(?:ld|st)\.global\.(\S+)", program.asm["ptx"]))
@@ -348,16 +355,17 @@ class TestKernels(Interpreted):
 
     @pytest.fixture
     def kernels(self) -> Any:
-        return importlib.import_module("timm_gsa.ops._aggregation_triton")
+        return importlib.import_module("timm_gsa.ops.san.triton_aggregation")
 
     @pytest.fixture
     def fused(self, kernels: Any) -> Callable[..., torch.Tensor]:
-        return kernels.fused_aggregation
+        return torch.ops.timm_gsa.triton_aggregation
 
     @pytest.fixture
-    def everywhere(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def everywhere(self) -> Iterator[None]:
         """`aggregation` takes the kernels on a CPU too."""
-        monkeypatch.setattr(chooser, "_triton_serves", lambda value, weight, padding: True)
+        with timm_gsa.use_backend("triton"):
+            yield
 
     @pytest.mark.parametrize(("batch", "sharing", "groups", "size", "kernel_size", "dilation", "layout", "order"), [
         (1, 1, 1, (1, 6), 1, 1, "first", "gkp"),
@@ -407,7 +415,7 @@ class TestKernels(Interpreted):
         results = []
         for choice in range(2):
             monkeypatch.setattr(kernels, "_tiles", lambda *kind, n=choice: [tiles(*kind)[n]])
-            results.append(with_gradients(kernels.fused_aggregation, *case, kernel_size, 1))
+            results.append(with_gradients(torch.ops.timm_gsa.triton_aggregation, *case, kernel_size, 1))
         assert_agrees(results[0], case, kernel_size)
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -465,7 +473,7 @@ class TestKernels(Interpreted):
         leaf, other = (value, weight) if wanted == "value" else (weight, value)
         leaf.requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-            out = kernels.fused_aggregation(value, weight, 3, 1)
+            out = torch.ops.timm_gsa.triton_aggregation(value, weight, 3, 1)
         (grad,) = torch.autograd.grad(out, leaf, cotangent)
         assert [x.data_ptr() for x in kept] == [other.data_ptr()]
         assert launched == [kernels._forward, kernels._value_grad if wanted == "value" else kernels._weight_grad]
@@ -488,25 +496,27 @@ class TestKernels(Interpreted):
         for got, want in zip(second(fused, 3, 1), second(aggregation_reference, 3), strict=True):
             torch.testing.assert_close(got, want)
 
-    def test_torch_accepts_the_operators(self, kernels: Any) -> None:
+    def test_torch_accepts_the_operators(self) -> None:
         value, weight, cotangent = made_case(1, 1, 2, (2, 3), 3)
-        torch.library.opcheck(kernels._aggregation, (value.requires_grad_(), weight.requires_grad_(), 3, 1))
+        operators = torch.ops.timm_gsa
+        arguments = (value.requires_grad_(), weight.requires_grad_(), 3, 1)
+        torch.library.opcheck(operators.triton_aggregation.default, arguments)
         few = ("test_schema", "test_autograd_registration", "test_faketensor")
         value, weight = value.detach(), weight.detach()
-        torch.library.opcheck(kernels._aggregation_value_grad, (cotangent, weight, 3, 1), test_utils=few)
+        arguments = (cotangent, weight, 3, 1)
+        torch.library.opcheck(operators.triton_aggregation_value_grad.default, arguments, test_utils=few)
         for order in WEIGHTS.values():
             arguments = (cotangent, value, 3, 1, 2, torch.float32, list(order))
-            torch.library.opcheck(kernels._aggregation_weight_grad, arguments, test_utils=few)
+            torch.library.opcheck(operators.triton_aggregation_weight_grad.default, arguments, test_utils=few)
 
     @pytest.mark.parametrize(("order", "expected"), [("gkp", "gkp"), ("kpg", "kpg"), ("pkg", "pkg"), ("pgk", "pkg")])
     def test_gradient_of_the_weight_is_laid_out_for_whole_stores(
             self,
-            kernels: Any,
             order: str,
             expected: str,
     ) -> None:
         _, weight, _ = made_case(2, 1, 3, (4, 5), 3, order=order)
-        assert kernels._weight_order(weight) == list(WEIGHTS[expected])
+        assert gpu._weight_order(weight) == list(WEIGHTS[expected])
 
     def test_fake_tensors_have_the_strides_of_real_ones(self, fused: Callable[..., torch.Tensor]) -> None:
         case = made_case(2, 1, 2, (2, 3), 3, "last inside")
@@ -533,7 +543,7 @@ class TestKernels(Interpreted):
 @pytest.fixture
 def tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     """Has the kernels take their n-th tile, the first if nothing else is said: to compile and time all takes long."""
-    kernels = importlib.import_module("timm_gsa.ops._aggregation_triton")
+    kernels = importlib.import_module("timm_gsa.ops.san.triton_aggregation")
     every = kernels._tiles
 
     def choose(n: int) -> None:
@@ -623,7 +633,7 @@ def test_attention_under_autocast_on_a_gpu(
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     layer = attention(64, kernel_size=3).cuda().to(memory_format=memory_format)
     x = torch.randn(4, 64, 28, 28, device="cuda").to(memory_format=memory_format)
-    kernels = importlib.import_module("timm_gsa.ops._aggregation_triton")
+    kernels = importlib.import_module("timm_gsa.ops.san.triton_aggregation")
     launch = kernels._launch
     launched = []
 
@@ -642,8 +652,8 @@ def test_attention_under_autocast_on_a_gpu(
     torch._dynamo.reset()
     got = step(torch.compile(layer, fullgraph=True) if compiled else layer, autocast=True)
     assert set(launched) == {kernels._forward, kernels._value_grad, kernels._weight_grad}
-    monkeypatch.setattr(chooser, "_triton_serves", lambda value, weight, padding: False)
-    want = step(layer, autocast=False)
+    with timm_gsa.use_backend("torch"):
+        want = step(layer, autocast=False)
     for a, b in zip(got, want, strict=True):
         if b is not None and b.norm() > 1e-3 * want[1].norm():  # some biases have no influence
             assert (a.float() - b).norm() <= 0.05 * b.norm()

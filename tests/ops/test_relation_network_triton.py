@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from timm_gsa.ops.san.neighbourhood import reflect_pad, same_padding, windows
-from timm_gsa.ops.relation_network import _folded, _plain_difference_network, _plain_patch_hidden
+from timm_gsa.ops.san.plain import on_differences, on_patches
 
 from .test_aggregation_triton import laid
 from .triton_runs import (
@@ -38,7 +38,7 @@ SHAPES = [  # size, K, dilation, C, M, G, layout: what is odd, alone, or more th
 
 @pytest.fixture
 def kernels() -> Any:
-    return importlib.import_module("timm_gsa.ops._relation_network_triton")
+    return importlib.import_module("timm_gsa.ops.san.triton_relation_network")
 
 
 def randoms(*shapes: tuple[int, ...], device: str = "cpu") -> list[torch.Tensor]:
@@ -143,7 +143,7 @@ def by_patches(case: list[torch.Tensor], *window: int) -> list[torch.Tensor]:
     """What `by_patch_functions` gives, in float64 and on all patches at once."""
     *inputs, grad = (x.double() for x in case)
     leaves = [x.requires_grad_() for x in inputs]
-    out = _plain_patch_hidden(*leaves, *window)
+    out = on_patches(*leaves, *window)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
@@ -368,42 +368,23 @@ class TestKernels(Interpreted):
         shapes = (2, 3, *size), (2, 3, 7, 6), (4, 3), (4,), (4,), (2, 4), (2,), (2, 2, 9, *size)
         *inputs, grad = (x.float() for x in randoms(*shapes))
         wide = [x.double().requires_grad_() for x in inputs]
-        want = _plain_difference_network(*wide, eps, *window)
+        want = on_differences(*wide, eps, *window)[0]
         want = [want, *torch.autograd.grad(want, wide, grad.double())]
-        assert_near(network_with_batch_norm(kernels, inputs, grad, eps, *window), want, 1e-4)
+        leaves = [x.requires_grad_() for x in inputs]
+        out = torch.ops.timm_gsa.triton_difference_network(*leaves, eps, *window)[0]
+        assert_near([out, *torch.autograd.grad(out, leaves, grad)], want, 1e-4)
 
-
-def network_with_batch_norm(
-        kernels: Any,
-        inputs: list[torch.Tensor],
-        grad: torch.Tensor,
-        eps: float,
-        *window: int,
-) -> list[torch.Tensor]:
-    """Logits of `normed_difference_network` and the gradients of what it takes, on padded keys."""
-    query, padded, weight1, scale, shift, weight2, bias2 = inputs
-    maps = query, padded
-    count = query[:, 0].numel() * window[0] ** 2
-    moments = kernels.rectified_moments(*maps, *window, maps[0].dtype).double() / count
-    first, second = moments[:-1, -1], moments[:-1, :-1]
-    mean = weight1.double() @ first
-    variance = ((weight1.double() @ (second - first * first[:, None])) * weight1).sum(1).clamp(min=0)
-    rate = (variance + eps).rsqrt().to(scale.dtype)
-    first, second, mean = (x.to(scale.dtype) for x in (first, second, mean))
-    factor = scale * rate
-    folded = _folded(weight1, factor, shift - mean * factor)
-    out = kernels.difference_logits(*maps, folded, weight2, bias2, *window)
-
-    grad_weight2, products, grad_bias2 = kernels.difference_products(grad, *maps, folded, weight2, *window)
-    products, grad_shift = products[:, :-1], products[:, -1]
-    grad_scale = ((products * weight1).sum(1) - mean * grad_shift) * rate
-    slope = (factor * rate * grad_scale / count)[:, None]
-    level = (factor * grad_shift / count)[:, None] - slope * mean[:, None]
-    grad_weight1 = products * factor[:, None] - slope * (weight1 @ second) * count - level * first * count
-    correction = weight1.t() @ torch.cat([weight1 * slope, level], dim=1)
-    back = (weight1 * factor[:, None]).t()
-    grads = kernels.difference_input_gradients(grad, *maps, folded, back, correction, weight2, *window)
-    return [out, *grads, grad_weight1, grad_scale, grad_shift, grad_weight2, grad_bias2]
+    def test_torch_accepts_the_operators(self) -> None:
+        query, padded, *matrices = (
+            x.float() for x in randoms((1, 3, 3, 4), (1, 3, 5, 6), (2, 3), (2,), (2,), (2, 2), (2,)))
+        few = ("test_schema", "test_autograd_registration", "test_faketensor")
+        for eps in (None, 1e-3):
+            arguments = (query, padded, *matrices, eps, 3, 1)
+            torch.library.opcheck(torch.ops.timm_gsa.triton_difference_network.default, arguments, test_utils=few)
+            out = torch.ops.timm_gsa.triton_difference_network(*arguments)
+            backward = torch.ops.timm_gsa.triton_difference_network_backward.default
+            torch.library.opcheck(
+                backward, (torch.randn_like(out[0]), query, padded, *matrices, out[3], eps, 3, 1), test_utils=few)
 
 
 # On a GPU

@@ -113,12 +113,13 @@ def test_plain_formulations_give_the_same_outputs_and_are_put_back(create, ours)
 
 
 @pytest.mark.parametrize('name', ['san_tiny_patchwise', 'san_tiny_pairwise'])
-def test_plain_formulations_take_no_fast_path(create, name, monkeypatch):
+def test_plain_formulations_take_no_fast_path(create, name):
     model = create(name).eval()
-    unfold, calls = benchmark.ops.aggregation_reference, []
-    monkeypatch.setattr(benchmark.ops, 'aggregation_reference', lambda *args: calls.append(1) or unfold(*args))
-    benchmark.plainly(benchmark.inferred(model, (torch.randn(1, 3, 64, 64),)))()
-    assert len(calls) == sum(hasattr(module, 'attention') for module in model.modules())
+    with benchmark.plain(), torch.no_grad():
+        choices = sum(benchmark.timm_gsa.explain(model, torch.randn(1, 3, 64, 64)).values(), [])
+    assert {choice.form for choice in choices} == {'reference'}
+    sums = [choice for choice in choices if choice.operation == 'aggregation']
+    assert len(sums) == sum(hasattr(module, 'attention') for module in model.modules())
 
 
 def test_fused_models_have_fewer_norms_and_the_first_of_a_group_keeps_them(monkeypatch):
@@ -205,7 +206,7 @@ def test_profile_names_what_a_training_step_spends_its_time_in(capsys):
 
 INTERPRETED = """
 import _global_loop, torch
-from timm_gsa.ops import aggregation_reference
+from timm_gsa.ops.san.reference import aggregation as aggregation_reference
 torch.manual_seed(0)
 for shape, groups, kernel_size in (((2, 6, 5, 4), 3, 3), ((1, 8, 4, 7), 1, 7)):
     value, grad = torch.randn(shape, requires_grad=True), torch.randn(shape)

@@ -7,8 +7,6 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..layers import PairwiseAttention, PatchwiseAttention
-
 
 def parameters_and_multiply_adds(name: str, **kwargs: Any) -> tuple[int, int]:
     """Count a registered model at the input size of its pretrained config.
@@ -24,15 +22,7 @@ def parameters_and_multiply_adds(name: str, **kwargs: Any) -> tuple[int, int]:
         Number of parameters and of multiply-adds for one image.
     """
     model = timm.create_model(name, device='meta', **kwargs).eval()
-    aggregation: list[int] = []
-
-    def count(layer: Any, inputs: Any, output: torch.Tensor) -> None:
-        aggregation.append(output.numel() * layer.kernel_size ** 2)
-
-    for layer in model.modules():
-        if isinstance(layer, (PairwiseAttention, PatchwiseAttention)):
-            layer.register_forward_hook(count)
     image = torch.empty(1, *model.pretrained_cfg['input_size'], device='meta')
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(image)
-    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2 + sum(aggregation)
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2

@@ -60,7 +60,8 @@ def logits_of_differences(
     """What `PairwiseAttention` takes its softmax of; the first norm acts on query and key.
 
     Maps are at least float32 until they are subtracted: half precision leaves positions of neighbours hardly apart.
-    `position` is (1, 2, H, W); `moments`, `network` and `normed_network` are `difference_moments` and the networks of differences.
+    `position` is (1, 2, H, W); `moments`, `network` and `normed_network` are `difference_moments` and the networks of
+    differences.
     """
     dtype = query.dtype
     position = position.expand(query.shape[0], -1, -1, -1)

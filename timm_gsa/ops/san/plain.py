@@ -283,7 +283,8 @@ def patch_network(
         dilation: int,
 ) -> torch.Tensor:
     """`patch_network` on all patches at once."""
-    return on_patches(reflect_pad(key, same_padding(kernel_size, dilation)), scale, shift, weight, kernel_size, dilation)
+    padded = reflect_pad(key, same_padding(kernel_size, dilation))
+    return on_patches(padded, scale, shift, weight, kernel_size, dilation)
 
 
 def on_patches(

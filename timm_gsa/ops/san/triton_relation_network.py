@@ -1,4 +1,4 @@
-"""The networks of `timm_gsa.ops.relation_network` on a GPU: Triton kernels that keep every relation in registers.
+"""The networks of `timm_gsa.ops.san` on a GPU: Triton kernels that keep every relation in registers.
 
 Plain functions on tensors that launch kernels; operators and their derivatives are for the caller. With
 a = relu(query - key of a place), h = folded [a; 1] and dy the gradient of h:
