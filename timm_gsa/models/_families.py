@@ -172,8 +172,8 @@ FAMILIES = (
         arxiv='2208.06980',
         bibtex="""\
 @misc{wong2022faster,
-  title = {Faster Attention Is What You Need: A Fast Self-Attention Neural Network Backbone Architecture for the Edge via
-    Double-Condensing Attention Condensers},
+  title = {Faster Attention Is What You Need: A Fast Self-Attention Neural Network Backbone Architecture for the Edge
+    via Double-Condensing Attention Condensers},
   author = {Alexander Wong and Mohammad Javad Shafiee and Saad Abbasi and Saeejith Nair and Mahmoud Famouri},
   year = {2022}, eprint = {2208.06980}, archivePrefix = {arXiv}
 }""",
