@@ -162,7 +162,7 @@ def _define_difference(
         back = (weight1.double() * norm.factor[:, None]).t().to(wide).contiguous()
         grad_maps = kernels().difference_input_gradients(
             grad, *maps, folded, back, None if correction is None else correction.to(wide), weight2, *window)
-        return *grad_maps, *_like_each(inputs, (*grads, grad_weight2, grad_bias2))  # type: ignore[return-value]
+        return *grad_maps, *_like_each(inputs, (*grads, grad_weight2, grad_bias2))
 
     def backward_flops(grad: Any, query: Any, padded: Any, weight1: Any, *more: Any, **_: Any) -> int:
         return network_flops(query, weight1, more[2], more[6], products=3)
@@ -263,7 +263,7 @@ def _define_patch(
             dilation: int,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         grad_padded, *grads = kernels().patch_gradients(grad, padded, scale, shift, weight, kernel_size, dilation)
-        return grad_padded, *_like_each((scale, shift, weight), tuple(grads))  # type: ignore[return-value]
+        return grad_padded, *_like_each((scale, shift, weight), tuple(grads))
 
     def flops(padded: Any, scale: Any, shift: Any, weight: Any, kernel_size: int, dilation: int, **_: Any) -> int:
         return patch_flops(_positions(padded, kernel_size, dilation), weight)
