@@ -212,7 +212,7 @@ def pairwise_attention(layer: Any, query: torch.Tensor, key: torch.Tensor, value
 def patchwise_attention(layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """`PatchwiseAttention` with channels innermost; by rows and in parts of the batch in eager mode on large maps."""
     if _goes_by_rows(query):
-        return _in_parts(layer, lambda *maps: patchwise_weights(layer, *maps), query, key, value)
+        return _in_parts(layer, lambda q, k: patchwise_weights(layer, q, k), query, key, value)
     (scale1, shift1), (scale2, shift2) = fixed_norms(layer)
     out = patch_attention(
         query,
