@@ -10,7 +10,16 @@ import torch
 import torch.nn as nn
 
 import timm_gsa.layers
-from timm_gsa.layers import GlobalSelfAttention, PairwiseAttention, PatchwiseAttention, PriorAttention
+from timm_gsa.layers import (
+    AttentionCondenser,
+    AxialMixing,
+    DepthwiseBlock,
+    GlobalSelfAttention,
+    PairwiseAttention,
+    PatchwiseAttention,
+    PriorAttention,
+    SparseMLP,
+)
 
 # Each makes a layer of 32 channels in; channels out follow.
 LAYERS: dict[str, tuple[Callable[..., nn.Module], int]] = {
@@ -20,6 +29,10 @@ LAYERS: dict[str, tuple[Callable[..., nn.Module], int]] = {
     'prior_stride': (partial(PriorAttention, 32, stride=2, ratio=0.25), 32),
     'pairwise': (partial(PairwiseAttention, 32, kernel_size=5), 8),
     'patchwise': (partial(PatchwiseAttention, 32, dim_out=32, kernel_size=3, num_groups=4), 32),
+    'condenser': (partial(AttentionCondenser, 32, groups=4), 32),
+    'axial': (partial(AxialMixing, 6, 'height'), 32),
+    'depthwise': (partial(DepthwiseBlock, 32), 32),
+    'sparse': (partial(SparseMLP, 32, (6, 5)), 32),
 }
 EACH = pytest.mark.parametrize('make, channels', LAYERS.values(), ids=LAYERS)
 
@@ -44,6 +57,14 @@ SHAPES = {  # of the layers above, by the names that checkpoints hold
     'patchwise': {
         'qkv.weight': (36, 32, 1, 1), 'qkv.bias': (36,), 'norm1': (20,), 'conv1.weight': (4, 20, 1, 1),
         'norm2': (4,), 'conv2.weight': (36, 4, 1, 1), 'conv2.bias': (36,)},
+    'condenser': {
+        'conv1.weight': (16, 8, 3, 3), 'conv1.bias': (16,), 'conv2.weight': (32, 16, 1, 1), 'conv2.bias': (32,),
+        'scale': (1,)},
+    'axial': {'weight': (6, 6), 'bias': (6,)},
+    'depthwise': {'norm': (32,), 'conv.weight': (32, 1, 3, 3)},
+    'sparse': {
+        'norm': (32,), 'width.weight': (5, 5), 'width.bias': (5,), 'height.weight': (6, 6), 'height.bias': (6,),
+        'fuse.weight': (32, 96, 1, 1)},
 }
 
 

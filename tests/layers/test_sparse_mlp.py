@@ -225,6 +225,7 @@ def test_the_norm_folds_into_the_depthwise_convolution():
 @pytest.mark.parametrize(('make', 'message'), [
     (lambda: SparseMLP(4, 0), 'feat_size must be positive, got 0'),
     (lambda: SparseMLP(4, (3, -1)), r'feat_size must be positive, got \(3, -1\)'),
+    (lambda: DepthwiseBlock(0), 'dim must be >= 1, got 0'),
     (lambda: AxialMixing(0, 'width'), 'length must be >= 1, got 0'),
     (lambda: AxialMixing(3, 'rows'), "axis must be 'width' or 'height', got 'rows'"),
 ])

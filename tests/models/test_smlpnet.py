@@ -437,7 +437,8 @@ def test_features_only_and_intermediates():
     features = timm.create_model('smlpnet_mini', features_only=True, dtype=torch.float64).eval()
     features.load_state_dict({k.replace('stages.', 'stages_', 1): v for k, v in model.state_dict().items()
                               if k.startswith('stages')})
-    assert features.feature_info.channels() == [24, 48, 96, 192]
+    graph = timm.create_model('smlpnet_mini', features_only=True, feature_cfg=dict(feature_cls='fx'))
+    assert graph.feature_info.channels() == features.feature_info.channels() == [24, 48, 96, 192]
     assert features.feature_info.reduction() == [4, 8, 16, 32]
     x = images(2, 64, 96)
     final, maps = model.forward_intermediates(x)
@@ -540,9 +541,12 @@ def test_one_graph_with_the_gradients_of_eager_mode(training):
     assert_same_gradients(gradients(compiled, x), gradients(model, x))
 
 
+SHALLOW = dict(lively=False, depths=(1, 1, 1, 1))  # tracing with open sizes takes seconds a block
+
+
 def test_one_dynamic_graph_serves_all_sizes():
     torch._dynamo.reset()
-    model, counter = mini(), CompileCounter()
+    model, counter = mini(**SHALLOW), CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
     with torch.no_grad():
         for size in ((2, 96, 80), (3, 128, 96), (5, 64, 64), (2, 97, 145)):
@@ -557,7 +561,7 @@ OPEN = {'x': {axis: Dim.DYNAMIC for axis in (0, 2, 3)}} if hasattr(Dim, 'DYNAMIC
 
 @pytest.mark.skipif(not OPEN, reason='torch 2.5 has no Dim.DYNAMIC')
 def test_an_exported_program_serves_all_sizes():
-    model, file = mini(), io.BytesIO()
+    model, file = mini(**SHALLOW), io.BytesIO()
     torch.export.save(export(model, (images(),), strict=False, dynamic_shapes=OPEN), file)
     file.seek(0)
     program = torch.export.load(file).module()
@@ -572,7 +576,7 @@ def test_an_onnx_graph_serves_all_sizes(tmp_path):
     for package in ('onnx', 'onnxscript'):
         pytest.importorskip(package, reason='torch.onnx.export needs it')
     onnxruntime = pytest.importorskip('onnxruntime', reason='runs the exported graph')
-    model, path = mini().float(), tmp_path / 'model.onnx'
+    model, path = mini(**SHALLOW).float(), tmp_path / 'model.onnx'
     torch.onnx.export(
         model, (images(dtype=torch.float32),), path, dynamo=True, dynamic_shapes=OPEN, verbose=False)
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])

@@ -36,7 +36,8 @@ class AttentionCondenser(nn.Module):
         scale: Initial S.
 
     Shape:
-        Input and output (B, C, H, W). Parameters: `conv1` 3 x 3 and `conv2` 1 x 1, both with bias, and `scale` (1,).
+        Input (B, C, H, W); output the same. Parameters: `conv1` 3 x 3 and `conv2` 1 x 1, both with bias, and `scale`
+        (1,).
 
     Raises:
         ValueError: `groups` does not divide `dim` or `embed_dim`.

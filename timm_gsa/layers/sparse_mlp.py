@@ -33,7 +33,7 @@ class AxialMixing(nn.Module):
         axis: 'width' mixes along the rows of the map, 'height' along its columns.
 
     Shape:
-        Input and output (B, C, H, W). Parameters: `weight` (L, L) and `bias` (L,).
+        Input (B, C, H, W); output the same. Parameters: `weight` (L, L) and `bias` (L,).
 
     Raises:
         ValueError: `length` is not positive or `axis` is another word.
@@ -89,7 +89,10 @@ class DepthwiseBlock(nn.Module):
         norm_layer: Norm layer.
 
     Shape:
-        Input and output (B, C, H, W). Parameters: `norm`, and `conv` 3 x 3 without bias.
+        Input (B, C, H, W); output the same. Parameters: `norm`, and `conv` 3 x 3 without bias.
+
+    Raises:
+        ValueError: `dim` is smaller than 1.
     """
 
     def __init__(
@@ -102,6 +105,8 @@ class DepthwiseBlock(nn.Module):
     ) -> None:
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         super().__init__()
+        if dim < 1:
+            raise ValueError(f'dim must be >= 1, got {dim}')
         self.norm = get_norm_layer(norm_layer)(dim, **dd)
         self.act = get_act_layer(act_layer)()
         self.conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, bias=False, **dd)
@@ -127,8 +132,9 @@ class SparseMLP(nn.Module):
         norm_layer: Norm layer.
 
     Shape:
-        Input and output (B, C, H, W). Parameters: `norm`; `width` with a (W, W) and `height` with an (H, H) matrix and
-        a bias each; `fuse` a 1 x 1 convolution 3C -> C without bias, its input in the order z, width, height.
+        Input (B, C, H, W); output the same. Parameters: `norm`; `width` with a (W, W) and `height` with an (H, H)
+        matrix and a bias each; `fuse` a 1 x 1 convolution 3C -> C without bias, its input in the order z, width,
+        height.
 
     Raises:
         ValueError: `feat_size` is not positive.

@@ -438,6 +438,7 @@ default_cfgs = zoo_cfgs({
 
 
 def _create_smlpnet(variant: str, pretrained: bool = False, **kwargs: Any) -> SMLPNet:
+    feature_cfg = dict(dict(out_indices=(0, 1, 2, 3), flatten_sequential=True), **kwargs.pop('feature_cfg', {}))
     state = _state_of_authors(variant, **kwargs) if pretrained else None
     if state is not None:
         kwargs['pretrained_cfg_overlay'] = {**(kwargs.get('pretrained_cfg_overlay') or {}), 'state_dict': state}
@@ -447,7 +448,7 @@ def _create_smlpnet(variant: str, pretrained: bool = False, **kwargs: Any) -> SM
         pretrained,
         advice="The authors' own file loads with pretrained_cfg_overlay=dict(file=PATH).",
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
+        feature_cfg=feature_cfg,
         **kwargs,
     )
     if state is not None:
