@@ -18,7 +18,7 @@ from ..interpret import (
     attention_maps,
     attention_rollout,
 )
-from ..layers import PriorAttention
+from ..models._families import family_of
 from ._inputs import Classifier
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def rollout_panel(classifier: Classifier, photo: Image.Image, point: tuple[float
         photo: As for `panels`.
         point: Position (x, y) in pixels of `classifier.view(photo)`.
     """
-    if any(isinstance(module, PriorAttention) for module in classifier.model.modules()):
+    if not family_of(classifier.model.pretrained_cfg['architecture']).rollout:
         return None
     x = classifier.transform(photo).unsqueeze(0)
     share = attention_rollout(classifier.model, x, _input_points(classifier, point))[0, 0]
