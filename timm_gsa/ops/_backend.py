@@ -214,7 +214,9 @@ def explain(model: nn.Module, images: torch.Tensor) -> dict[str, list[Choice]]:
 
     handles = []
     for name, module in model.named_modules():
-        if type(module).__module__.startswith(__package__.partition('.')[0] + '.') and name:
+        # A hook on a part without parameters, as a pool is, would keep short cuts from doing its work.
+        own = type(module).__module__.startswith(__package__.partition('.')[0] + '.')
+        if own and name and next(module.parameters(), None) is not None:
             handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
     token = _RECORD.set(record)
     try:
