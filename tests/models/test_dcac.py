@@ -99,8 +99,11 @@ def run(mode: str, dtype: torch.dtype, layout: torch.memory_format) -> dict[str,
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize('mode', ['eval', 'train'])
 def test_a_reduced_network_agrees_with_the_authors(mode, layout, dtype):
-    got = run(mode, dtype, layout)
-    assert_agrees('dcac', 'dcac_reduced', mode, got, TOLERANCES[dtype])
+    tolerance = TOLERANCES[dtype]
+    if dtype == torch.float32 and mode == 'train':
+        noise = manifest('dcac')['cases']['dcac_reduced']['float32_noise_of_official_code'][mode]
+        tolerance = 10 * noise['grad_params_max']  # of the authors' own code: norms of small numbers amplify rounding
+    assert_agrees('dcac', 'dcac_reduced', mode, run(mode, dtype, layout), tolerance)
 
 
 def test_logits_agree_beside_their_bias():
