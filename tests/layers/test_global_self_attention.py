@@ -324,3 +324,12 @@ def test_a_trace_holds_at_every_size(traced):
     trace = torch.jit.trace(layer, image(*traced), check_trace=False)
     for size in [(4, 4), (6, 3), (3, 8), (9, 9), (1, 1), (2, 1)]:
         torch.testing.assert_close(trace(image(*size)), layer(image(*size)))
+
+
+def test_explain_names_the_submodule_that_keeps_a_short_cut_out():
+    layer, x = layer_of(6).eval(), image(6, 6)
+    layer.qkv.register_full_backward_hook(lambda module, given, returned: None)
+    with torch.no_grad():
+        choices = explain(nn.Sequential(layer), x)['0']
+    assert choices[0].operation == 'global_self_attention' and choices[0].form == 'torch'
+    assert choices[0].reasons == {'triton': 'not on a GPU', 'cpu': 'qkv has a hook'}

@@ -17,7 +17,10 @@ def pictures(count: int = 4, size: int = 64) -> torch.Tensor:
     return (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), keepdim=True)
 
 
-@pytest.mark.parametrize('name', NAMES)
+BARE = pytest.mark.xfail(reason='its weights were trained with bare queries', strict=True)
+
+
+@pytest.mark.parametrize('name', [pytest.param(n, marks=BARE) if n == 'gsa_resnet_tiny' else n for n in NAMES])
 def test_pretrained_models_are_finite_under_every_condition(name):
     model = timm.create_model(name, pretrained=True).eval()
     results = list(probe(model, pictures()))
@@ -39,16 +42,16 @@ def deep(query_norm: str) -> nn.Module:
 
 
 @pytest.mark.parametrize('query_norm', ['softmax', 'rms'])
-def test_a_deep_network_with_normalised_queries_grows_with_the_contrast_alone(query_norm):
+def test_a_deep_network_with_normalised_queries_is_finite_at_any_contrast(query_norm):
     model = deep(query_norm)
     with torch.no_grad():
-        usual, strong, stronger = (model(contrast * pictures()).abs().max() for contrast in (1., 10., 100.))
-    assert strong < 30 * usual and stronger < 30 * strong
+        for contrast in (0., 0.1, 1., 3., 10., 100., 1000.):
+            assert model(contrast * pictures()).isfinite().all(), contrast
 
 
-def test_a_deep_network_with_bare_queries_grows_by_powers():
+def test_a_deep_network_with_bare_queries_is_not():
     """Why `query_norm` is not None by default."""
     model = deep('none')
     with torch.no_grad():
-        usual, strong = (model(contrast * pictures()).abs().max() for contrast in (1., 10.))
-    assert not strong < 1e4 * usual
+        assert model(pictures()).isfinite().all()
+        assert not model(3. * pictures()).isfinite().all()

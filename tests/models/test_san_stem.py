@@ -25,7 +25,8 @@ def stem_of(in_chans=3):
 
 def has_a_form(stem, x):
     """Whether all up to the pool is computed at once."""
-    return [choice.operation for choice in timm_gsa.explain(nn.Sequential(stem), x)['0']] == ['san_stem']
+    choices = timm_gsa.explain(nn.Sequential(stem), x)['0']
+    return [(choice.operation, choice.form) for choice in choices] == [('san_stem', 'cpu')]
 
 
 def compiled_calls(stem, x):

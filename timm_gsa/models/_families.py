@@ -150,7 +150,7 @@ FAMILIES = (
 }""",
         prefix='smlpnet',
         tiny=(),
-        smallest=('smlpnet_tiny',),
+        smallest=(),
         usual=('smlpnet_tiny',),
         verified=(
             "modules and whole networks against the authors' code in float64, with gradients and running statistics; "
@@ -179,7 +179,7 @@ FAMILIES = (
 }""",
         prefix='dcac',
         tiny=(),
-        smallest=('dcac_325mf',),
+        smallest=(),
         usual=('dcac_325mf',),
         verified=(
             "reduced networks against the authors' code in float64, with gradients and running statistics; parameters "

@@ -76,7 +76,11 @@ class Operation(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What computed a call: the operation, its form, and why each faster form did not."""
+    """What computed a call: the operation, its form, and why each faster form did not.
+
+    An operation named as a whole layer that goes by 'torch' or 'reference' is computed step by step: the choices of the
+    steps follow.
+    """
 
     operation: str
     form: str
@@ -132,9 +136,9 @@ def compute(operation: Operation, *args: Any) -> Any:
 def short_cut(operation: Operation, layer: nn.Module, *args: Any) -> Any:
     """Result of a whole layer by a form that does the work of its submodules; None if the layer has to compute it."""
     chosen, reasons = _choice(operation, (layer, *args))
+    _record(operation.name, chosen, reasons)
     if chosen not in ('cpu', 'triton'):
         return None
-    _record(operation.name, chosen, reasons)
     return getattr(operation, chosen).compute(layer, *args)
 
 
@@ -143,6 +147,8 @@ def _choice(operation: Operation, args: tuple[Any, ...]) -> tuple[str, dict[str,
     asked = _asked()
     if asked == 'reference' or asked == 'torch':
         return asked, {}
+    if any(isinstance(each, torch.fx.Proxy) for each in args):
+        return 'torch', {'cpu': 'torch.fx records plain operators', 'triton': 'torch.fx records plain operators'}
     reasons: dict[str, str] = {}
     for name in ('triton', 'cpu'):
         form = getattr(operation, name)
