@@ -8,7 +8,7 @@ import safetensors.torch
 import timm
 import torch
 
-from timm_gsa.models._families import FAMILIES, family_of
+from timm_gsa.models._families import FAMILIES, family_of, tiny_models
 
 FILES = tuple(family.name for family in FAMILIES)
 
@@ -49,14 +49,14 @@ def test_filters_of_list_models():
 
 
 def test_models_with_weights_are_known_as_such(registered):
-    pretrained = registered.endswith('_tiny') or '_tiny_' in registered
+    pretrained = registered in tiny_models()
     assert timm.is_model_pretrained(registered) == pretrained
     assert timm.list_pretrained(f'{registered}.*') == ([f'{registered}.c100'] if pretrained else [])
     assert (f'{registered}.c100' in timm.list_models(pretrained=True)) == pretrained
 
 
 def test_a_tag_may_follow_the_name(registered, create):
-    tag = 'c100' if 'tiny' in registered else 'untrained'
+    tag = 'c100' if registered in tiny_models() else 'untrained'
     cfg = create(f'{registered}.{tag}', device='meta').pretrained_cfg
     assert (cfg['architecture'], cfg['tag']) == (registered, tag)
     with pytest.raises(RuntimeError, match='nonsense'):
