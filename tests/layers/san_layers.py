@@ -59,7 +59,8 @@ def generally(function, *args):
 def short_cuts(layer, x):
     """Names of the short cuts by which a layer computes x."""
     choices = timm_gsa.explain(nn.Sequential(layer), x).get('0', [])
-    return [choice.operation for choice in choices if choice.operation.startswith(('pairwise', 'patchwise'))]
+    taken = (choice.operation for choice in choices if choice.form not in ('torch', 'reference'))
+    return [operation for operation in taken if operation.startswith(('pairwise', 'patchwise'))]
 
 
 def traced_calls(layer, x):

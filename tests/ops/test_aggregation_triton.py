@@ -209,6 +209,7 @@ def test_triton_asks_for_a_capability(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(importlib.import_module("timm_gsa.ops._kernels"), "why_not_started", lambda device: None)
     assert (backend._triton_on.__wrapped__(torch.device("cuda:0")) is None) is served
 
 
@@ -255,14 +256,14 @@ def test_function_transforms_take_plain_operators(with_triton: None) -> None:
     reasons = []
 
     def ask(x: torch.Tensor) -> torch.Tensor:
-        reasons.append(backend.why_not_triton(torch.empty(1, device="cuda")))
+        reasons.append(backend.why_not_triton("san", torch.empty(1, device="cuda")))
         return x
 
     with torch._subclasses.FakeTensorMode():
         ask(torch.ones(()))
         torch.func.grad(ask)(torch.ones(()))
         torch.func.vmap(ask)(torch.ones(2))
-    assert reasons == [None, *["torch.func's transforms take plain operators"] * 2]
+    assert reasons == ["FakeTensor takes plain operators", *["torch.func's transforms take plain operators"] * 2]
 
 
 def test_import_leaves_the_kernels_alone() -> None:
