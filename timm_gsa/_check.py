@@ -16,8 +16,8 @@ TIMM_FLOOR = "1.0.21"
 _NAMES = {
     "timm.data": ("IMAGENET_DEFAULT_MEAN", "IMAGENET_DEFAULT_STD"),
     "timm.layers": (
-        "DropPath", "LayerType", "Mlp", "create_classifier", "get_act_layer", "get_norm_layer",
-        "register_notrace_module", "to_2tuple"),
+        "BatchNormAct2d", "DropPath", "LayerType", "Mlp", "SyncBatchNormAct", "create_classifier", "get_act_layer",
+        "get_norm_layer", "register_notrace_module", "to_2tuple"),
     "timm.models": ("build_model_with_cfg", "generate_default_cfgs", "register_model"),
     "timm.models._builder": ("_resolve_pretrained_source", "resolve_pretrained_cfg"),
     "timm.models._features": ("feature_take_indices",),

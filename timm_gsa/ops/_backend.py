@@ -442,10 +442,10 @@ def _why_not_own_class(module: Any, bias: bool | None) -> str | None:
         if bias is not None and (module.bias is not None) != bias:
             return 'has a bias' if module.bias is not None else 'has no bias'
         return None
-    if isinstance(module, nn.BatchNorm2d):
-        from timm.layers import BatchNormAct2d
+    if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+        from timm.layers import BatchNormAct2d, SyncBatchNormAct
 
-        own = type(module) is nn.BatchNorm2d or type(module) is BatchNormAct2d
+        own = type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct)
         plain = isinstance(getattr(module, 'act', None), _NO_ACT) and isinstance(getattr(module, 'drop', None), _NO_ACT)
         return None if own and plain else f'is a {type(module).__name__}'
     return None if type(module) in _SIMPLE else f'is a {type(module).__name__}'
