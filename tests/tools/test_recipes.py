@@ -66,7 +66,7 @@ def name(request):
 
 
 def test_there_is_a_recipe_for_each_family_and_data_set():
-    families = (*(family.name.removesuffix('_resnet') for family in FAMILIES), 'resnet')
+    families = (*(family.name.removesuffix('_resnet') for family in FAMILIES if family.smallest), 'resnet')
     by_family = {f'{data}_{family}' for data in IMAGES for family in families}
     assert by_family <= set(RECIPES) <= by_family | FOR_ALL
 
