@@ -1,4 +1,4 @@
-"""What the model files share: pretrained configs of the zoo, and building a model from them."""
+"""Shared by the model files: pretrained configs, and building a model from them."""
 from importlib.resources import files
 from typing import Any, TypeVar
 
@@ -12,8 +12,8 @@ from ._weights import checked, fetch_weights, hub_id
 
 __all__ = ['SMALL_STEM', 'SMALL_STEM_SIZE', 'cifar100_cfg', 'check_stem', 'create_from_zoo', 'default_cfg', 'zoo_cfgs']
 
-SMALL_STEM = 'small'  # `stem_type` of every family that leaves the first two halvings out
-SMALL_STEM_SIZE = 32  # side of the images that it is meant for
+SMALL_STEM = 'small'  # `stem_type` without the first two downsamplings
+SMALL_STEM_SIZE = 32  # side of the images that it is made for, in pixels
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
 
@@ -21,20 +21,23 @@ _PRETRAINED: list[str] = []
 
 
 def default_cfg(**kwargs: Any) -> dict[str, Any]:
-    """Pretrained config of an ImageNet-1k model at 224 px, as timm's ResNet has it, updated by `kwargs`."""
+    """Pretrained config of an ImageNet-1k model at 224 px and stride 32, updated by `kwargs`.
+
+    A family adds what depends on its network: `first_conv` and `classifier`, and its paper.
+    """
     return {
         'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
         'crop_pct': 0.875, 'interpolation': 'bicubic',
         'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'conv1', 'classifier': 'fc', 'license': 'apache-2.0',
+        'license': 'apache-2.0',
         **kwargs,
     }
 
 
 def cifar100_cfg(name: str, **kwargs: Any) -> dict[str, Any]:
-    """Pretrained config of the entry `name` (arch.tag), trained on CIFAR-100 at 64 px and shipped in the wheel.
+    """Pretrained config of the entry `name` (arch.tag), trained on CIFAR-100 at 64 px, with weights in the package.
 
-    timm takes the file; the same bytes from the Hub load with `pretrained_cfg_overlay=dict(file=None)`.
+    timm loads the file. `pretrained_cfg_overlay=dict(file=None)` makes it load the same bytes from the Hub.
     """
     return default_cfg(
         file=str(files('timm_gsa') / 'weights' / f'{name}.safetensors'), hf_hub_id=hub_id(name),
@@ -45,17 +48,21 @@ def cifar100_cfg(name: str, **kwargs: Any) -> dict[str, Any]:
 
 
 def check_stem(stem_type: str, output_stride: int, stem_types: tuple[str, ...]) -> None:
-    """Raises ValueError for a stem that a family has not, or an output stride that the stem does not allow."""
+    """Check the stem and output stride of a model.
+
+    Raises:
+        ValueError: The family has no such stem, or the stem does not allow the output stride.
+    """
     if stem_type not in stem_types:
         raise ValueError(f'stem_type must be one of {", ".join(map(repr, stem_types))}, got {stem_type!r}')
     strides = (2, 4, 8, 16, 32) if stem_type == SMALL_STEM else (8, 16, 32)
-    if output_stride not in strides:  # timm's ResNet only asserts it, without a word
+    if output_stride not in strides:
         allowed = f'{", ".join(map(str, strides[:-1]))} or {strides[-1]}'
         raise ValueError(f'output_stride must be {allowed}, got {output_stride}')
 
 
 def zoo_cfgs(cfgs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """timm's registry form of {'arch.tag': config}, keeping count of the entries that have weights."""
+    """Registry form of {'arch.tag': config}; remembers which entries have weights."""
     _PRETRAINED.extend(name for name, cfg in cfgs.items() if cfg.get('file') or cfg.get('hf_hub_id'))
     return generate_default_cfgs(cfgs)
 
@@ -67,19 +74,19 @@ def create_from_zoo(
         advice: str = 'Use pretrained=False for random initialisation.',
         **kwargs: Any,
 ) -> ModelT:
-    """timm's `build_model_with_cfg`, with weights checked, and an error that names the entries which have some.
+    """timm's `build_model_with_cfg` with checked weights.
 
     Args:
         model_cls: Class of the model.
         variant: Registered name of the architecture.
         pretrained: Load the weights of its pretrained config.
-        advice: Sentence that ends the error message.
+        advice: Last sentence of the error message for a model without weights.
         **kwargs: Passed on to timm.
 
     Raises:
-        RuntimeError: `pretrained` is set and the config names no source of weights, or the weights are damaged or do
-            not fit.
-        huggingface_hub.errors.HfHubHTTPError, LocalEntryNotFoundError: The Hub does not give them.
+        RuntimeError: `pretrained` is set and the config names no weights (the message lists entries that have some), or
+            the weights are damaged or do not fit.
+        huggingface_hub.errors.HfHubHTTPError, LocalEntryNotFoundError: The Hub does not have them, or is offline.
     """
     if pretrained:
         cfg = resolve_pretrained_cfg(
@@ -91,16 +98,16 @@ def create_from_zoo(
         if not load_from:
             raise RuntimeError(
                 f'No pretrained weights are published for {variant}; '
-                f'of this zoo, {", ".join(sorted(_PRETRAINED))} have some. {advice}'
+                f'timm_gsa has weights for {", ".join(sorted(_PRETRAINED))}. {advice}'
             )
         if load_from == 'hf-hub':
             checked_id = fetch_weights(cfg.hf_hub_id, variant, cfg.hf_hub_filename, kwargs.get('cache_dir'))
-            # timm looks the weights up once more: let it find those that were checked, whatever the Hub has by then.
+            # timm resolves the file again. The commit makes it take the checked one, whatever the Hub has by then.
             kwargs['pretrained_cfg_overlay'] = {**(kwargs.get('pretrained_cfg_overlay') or {}), 'hf_hub_id': checked_id}
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
     registered = resolve_pretrained_cfg(variant, pretrained_cfg=kwargs.get('pretrained_cfg'))
     if kwargs.get('stem_type') == SMALL_STEM and not registered.has_weights:
-        # Without weights the config only says what the network is made for, which is the stem's business.
+        # Without weights the config says which image size the network is made for, and that depends on the stem.
         size = dict(input_size=(3, SMALL_STEM_SIZE, SMALL_STEM_SIZE), pool_size=(SMALL_STEM_SIZE // 8,) * 2)
         kwargs['pretrained_cfg_overlay'] = {**size, **overlay}
     filter_fn = checked(kwargs.pop('pretrained_filter_fn', None))

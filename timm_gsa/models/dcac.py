@@ -309,7 +309,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 def _cfg(**kwargs: Any) -> dict[str, Any]:
     # The pools of stages 2 to 4 round down, so that smaller images have no map left.
     return default_cfg(
-        first_conv='conv1.0', min_input_size=(3, 29, 29), paper_ids='arXiv:2208.06980', **kwargs)
+        first_conv='conv1.0', classifier='fc', min_input_size=(3, 29, 29), paper_ids='arXiv:2208.06980', **kwargs)
 
 
 default_cfgs = zoo_cfgs({

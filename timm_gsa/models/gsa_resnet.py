@@ -82,8 +82,11 @@ class GSAResNet(AttentionResNet):
         self.replace_convs(attn_stages, attention)
 
 
+_COMMON_CFG: dict[str, Any] = dict(classifier='fc', paper_ids='arXiv:2010.03019')
+
+
 def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return default_cfg(paper_ids='arXiv:2010.03019', **kwargs)
+    return default_cfg(first_conv='conv1', **_COMMON_CFG, **kwargs)
 
 
 default_cfgs = zoo_cfgs({
@@ -91,8 +94,7 @@ default_cfgs = zoo_cfgs({
     'gsa_resnet38.untrained': _cfg(),
     'gsa_resnet50.untrained': _cfg(),
     'gsa_resnet101.untrained': _cfg(),
-    'gsa_resnet_tiny.c100': cifar100_cfg(
-        'gsa_resnet_tiny.c100', first_conv='conv1.0', paper_ids='arXiv:2010.03019'),
+    'gsa_resnet_tiny.c100': cifar100_cfg('gsa_resnet_tiny.c100', first_conv='conv1.0', **_COMMON_CFG),
 })
 
 

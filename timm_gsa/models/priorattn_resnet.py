@@ -65,8 +65,11 @@ class PriorAttentionResNet(AttentionResNet):
         self.replace_convs(attn_stages, attention)
 
 
+_COMMON_CFG: dict[str, Any] = dict(classifier='fc', paper_ids='arXiv:2006.07872')
+
+
 def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return default_cfg(paper_ids='arXiv:2006.07872', **kwargs)
+    return default_cfg(first_conv='conv1', **_COMMON_CFG, **kwargs)
 
 
 default_cfgs = zoo_cfgs({
@@ -75,8 +78,7 @@ default_cfgs = zoo_cfgs({
     'priorattn_resnet50.untrained': _cfg(),
     'priorattn_resnet101.untrained': _cfg(),
     'priorattn_resnet152.untrained': _cfg(),
-    'priorattn_resnet_tiny.c100': cifar100_cfg(
-        'priorattn_resnet_tiny.c100', first_conv='conv1.0', paper_ids='arXiv:2006.07872'),
+    'priorattn_resnet_tiny.c100': cifar100_cfg('priorattn_resnet_tiny.c100', first_conv='conv1.0', **_COMMON_CFG),
 })
 
 

@@ -310,7 +310,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 # Five pools round down, so that smaller images have no map left.
 _COMMON_CFG: dict[str, Any] = dict(
-    first_conv='conv1.conv', min_input_size=(3, 32, 32), paper_ids='arXiv:2004.13621')
+    first_conv='conv1.conv', classifier='fc', min_input_size=(3, 32, 32), paper_ids='arXiv:2004.13621')
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

@@ -423,8 +423,8 @@ def read_official(path: str | Path) -> dict[str, Any] | None:
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
     return default_cfg(**{
-        'first_conv': 'stages.0.downsample', 'min_input_size': (3, 32, 32), 'paper_ids': 'arXiv:2109.05422',
-        'license': 'mit', 'origin_url': 'https://github.com/microsoft/SPACH', **kwargs})
+        'first_conv': 'stages.0.downsample', 'classifier': 'fc', 'min_input_size': (3, 32, 32), 'license': 'mit',
+        'paper_ids': 'arXiv:2109.05422', 'origin_url': 'https://github.com/microsoft/SPACH', **kwargs})
 
 
 default_cfgs = zoo_cfgs({
