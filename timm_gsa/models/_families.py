@@ -1,4 +1,4 @@
-"""What each family is: one record, from which tables, model cards, commands, benchmarks and tests take their lists.
+"""One record for each family: tables, model cards, commands, benchmarks and tests take their lists from here.
 
 Adding a family is its model file with the layer and operation files it needs, a record here and its tests.
 """
@@ -14,23 +14,23 @@ class Family:
 
     Attributes:
         name: Module in `timm_gsa.models`.
-        title: Name for people.
-        arxiv: Number of the paper at arXiv.
+        title: Name in texts.
+        arxiv: arXiv number of the paper.
         bibtex: Citation of the paper.
         prefix: Start of the names of its models.
         tiny: Models that train on a CPU, one for each kind of attention; their pretrained weights are in the package.
         smallest: The smallest model of the paper's size for each kind.
-        usual: Models that stand beside ResNet-50 in benchmarks.
+        usual: Models that benchmarks compare with ResNet-50.
         verified: What is verified, in Markdown.
         ours: What is our choice, in Markdown.
-        attention: True if `timm_gsa.attention_maps` can show what its models attend to.
-        rollout: True if attention rollout has a meaning for its models.
+        attention: True if `timm_gsa.attention_maps` reads its models.
+        rollout: True if attention rollout is defined for its models.
         sized: True if its models take `img_size`.
         code: Address of the authors' code.
         code_license: Licence of that code and of the authors' weights.
         reported: ImageNet-1k top-1 in percent by model, as the paper reports it.
-        reported_status: What `reported` rests on. None of it was measured here.
-        reported_confirmed: True if `reported` was read at the source, so that tables may show it.
+        reported_status: Source of `reported`; nothing of it was measured here.
+        reported_confirmed: True if `reported` was read at the source. Tables show confirmed figures only.
         weights: Where weights of the paper's size come from, one sentence.
     """
 
@@ -71,9 +71,8 @@ FAMILIES = (
         smallest=('gsa_resnet26',),
         usual=('gsa_resnet50',),
         verified=(
-            'parameters and multiply-adds agree with the values we believe the paper reports (18.1 M / 7.2 GFLOPs for '
-            '50 layers, 30.4 M / 12.2 GFLOPs for 101, two FLOPs to a multiply-add); they are to be confirmed against '
-            'its text, which we could not read'
+            'parameters and multiply-adds agree with what we recall of the paper (18.1 M and 3.6 G for 50 layers, '
+            '30.4 M and 6.1 G for 101); we could not read its text'
         ),
         ours=(
             'initialisation, norm of the query, no bias or norm on key and value, pool before norm, shortcut, '
@@ -83,7 +82,7 @@ FAMILIES = (
         rollout=True,
         sized=True,
         reported={'gsa_resnet50': 78.5, 'gsa_resnet101': 79.6},
-        reported_status='recalled, not confirmed; an author states +1.6 over ResNet-50 for 50 layers',
+        reported_status='recalled; an author states +1.6 over ResNet-50 for 50 layers',
     ),
     Family(
         name='san',
@@ -100,7 +99,7 @@ FAMILIES = (
         smallest=('san10_pairwise', 'san10_patchwise'),
         usual=('san10_patchwise', 'san10_pairwise'),
         verified=(
-            "operations, modules and whole networks against the authors' code in float64, with gradients and running "
+            "operations, modules and networks against the authors' code in float64, with gradients and running "
             'statistics; parameters and costs'
         ),
         ours='maps smaller than reflection allows, `output_stride`, stochastic depth',
@@ -131,9 +130,7 @@ FAMILIES = (
         smallest=('priorattn_resnet18',),
         usual=('priorattn_resnet50',),
         verified="a reconstruction; the paper's parameter and FLOP claims for depth 152 are reproduced",
-        ours=(
-            'one radius a layer, its initial value and unit, pool before the value projection, depths 18 and 34'
-        ),
+        ours='one radius a layer, its initial value and unit, pool before the value projection, depths 18 and 34',
         attention=True,
         reported={'priorattn_resnet152': 80.0},
         reported_status='derived from the claim of +0.9 over AA-ResNet-152',
@@ -192,13 +189,13 @@ FAMILIES = (
 
 
 def family_of(model: str) -> Family:
-    """Record of the family that a model of this package belongs to.
+    """Record of the family of a model of this package.
 
     Args:
         model: Registered name, also with a tag (arch.tag).
 
     Raises:
-        ValueError: It belongs to none.
+        ValueError: The model is not of this package.
     """
     for family in FAMILIES:
         if model.startswith(family.prefix):
@@ -207,5 +204,5 @@ def family_of(model: str) -> Family:
 
 
 def tiny_models(attention: bool = False) -> tuple[str, ...]:
-    """Names of the tiny models of all families, or of those that have attention to show."""
+    """Names of the tiny models of all families, or only of those with attention."""
     return tuple(name for family in FAMILIES if family.attention or not attention for name in family.tiny)

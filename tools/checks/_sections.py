@@ -1,4 +1,4 @@
-"""Generated parts of Markdown files, each between two markers."""
+"""Generated parts of files, each between two markers."""
 from __future__ import annotations
 
 import argparse
@@ -13,11 +13,11 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Section:
-    """What stands in a Markdown file between `<!-- NAME -->` and `<!-- end of NAME -->`.
+    """Part of a file between the lines `<!-- NAME -->` and `<!-- end of NAME -->`.
 
     Attributes:
         path: The file.
-        name: Name of the part.
+        name: NAME.
     """
 
     path: Path
@@ -52,9 +52,9 @@ class Section:
 
 
 def add_modes(parser: argparse.ArgumentParser) -> None:
-    """Add --check and --write, which `settle` follows."""
+    """Add the options --check and --write."""
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument('--check', action='store_true', help='exit 1 where a file holds another table')
+    mode.add_argument('--check', action='store_true', help='exit 1 if a file holds another table')
     mode.add_argument('--write', action='store_true', help='put the tables into their files')
 
 
@@ -64,16 +64,16 @@ def settle(
         table: str,
         compared: Callable[[str], object] = str,
 ) -> int:
-    """Print, check or write a table, as the command line says; returns the exit status.
+    """Print, check or write a table; returns the exit status.
 
     Args:
-        args: The command line, with the options of `add_modes`.
+        args: Command line with the options of `add_modes`.
         section: Where the table stands.
         table: The table as it should be.
-        compared: What of a table --check compares.
+        compared: Applied to both tables before --check compares them.
 
     Raises:
-        ValueError: A marker is missing in the file.
+        ValueError: The file lacks a marker.
     """
     if args.write:
         section.write(table)

@@ -1,9 +1,9 @@
-"""Print the generated parts of README.md and BENCHMARKS.md, or check or renew them.
+"""Print the generated parts of README.md, BENCHMARKS.md and CITATION.bib, or check or renew them.
 
     python tools/checks/tables.py            # print
-    python tools/checks/tables.py --check    # exit 1 where a file holds something else
+    python tools/checks/tables.py --check    # exit 1 if a file differs
     python tools/checks/tables.py --write    # put them into their files
-    python tools/checks/tables.py --check --chart tools/figures/operations.png    # draw the chart of operations, too
+    python tools/checks/tables.py --check --chart tools/figures/operations.png    # draw the chart of operations
 
 They are made from the registry, the records of the families and the recorded results.
 """
@@ -23,15 +23,16 @@ from timm_gsa.commands._cost import parameters_and_multiply_adds
 from timm_gsa.commands.models import amount, registered
 from timm_gsa.models._families import FAMILIES, family_of
 
-README, BENCHMARKS = ROOT / 'README.md', ROOT / 'BENCHMARKS.md'
+USUAL_SIZE = 224  # pixels
+README, BENCHMARKS, CITATION = ROOT / 'README.md', ROOT / 'BENCHMARKS.md', ROOT / 'CITATION.bib'
 
 
 def models() -> str:
-    """One row for each registered model and one for the tiny baseline; figures not read at the source in a note."""
+    """One row for each model and one for the tiny baseline. Figures that were not read at the source are in a note."""
     results = json.loads((Path(timm_gsa.__file__).parent / 'weights' / 'c100.json').read_text())['models']
     rows = [
-        '| model | input | parameters | multiply-adds | ImageNet-1k top-1, paper | CIFAR-100 top-1, here |',
-        '| --- | ---: | ---: | ---: | ---: | ---: |',
+        f'| model, at {USUAL_SIZE} px | parameters | multiply-adds | ImageNet-1k, paper | CIFAR-100, here |',
+        '| --- | ---: | ---: | ---: | ---: |',
     ]
     for name in registered():
         family = family_of(name)
@@ -43,24 +44,27 @@ def models() -> str:
     cost = parameters_and_multiply_adds(
         baseline['model'], num_classes=100, pretrained_cfg_overlay=dict(input_size=(3, size, size)),
         **baseline['model_kwargs'])
-    rows.append(_row('timm ResNet of the shape of `gsa_resnet_tiny`', size, cost, '', baseline))
-    notes = []
+    rows.append(_row('timm ResNet, same shape', size, cost, '', baseline))
+    notes = ['Accuracies are top-1 in percent.']
+    confirmed: dict[str, list[str]] = {}
     for family in FAMILIES:
-        if family.reported and family.reported_confirmed:
-            notes.append(f'Figures of {family.title} are from {family.reported_status}.')
-        elif family.reported:
-            figures = ', '.join(f'`{name}` {top1:.1f}' for name, top1 in family.reported.items())
-            notes.append(f'{family.title}: {figures} ({family.reported_status}).')
-    return '\n'.join([*rows, '', 'Papers, ImageNet-1k top-1 in percent: ' + ' '.join(notes)])
+        if family.reported_confirmed:
+            confirmed.setdefault(family.reported_status, []).append(family.title)
+    notes += [f'Those of {" and ".join(titles)} are from {source}.' for source, titles in confirmed.items()]
+    unconfirmed = [
+        ', '.join(f'`{name}` {top1:.1f}' for name, top1 in family.reported.items()) + f' ({family.reported_status})'
+        for family in FAMILIES if family.reported and not family.reported_confirmed]
+    return '\n'.join([*rows, '', ' '.join([*notes, f'Not confirmed: {"; ".join(unconfirmed)}.'])])
 
 
 def _row(name: str, size: int, cost: tuple[int, int], reported: str, measured: dict | None) -> str:
     accuracy = f'{measured["top1"]:.2f}' if measured else ''
-    return f'| {name} | {size} | {cost[0]:,} | {amount(cost[1])} | {reported} | {accuracy} |'
+    at = '' if size == USUAL_SIZE else f' ({size} px)'
+    return f'| {name}{at} | {cost[0] / 1e6:.2f} M | {amount(cost[1])} | {reported} | {accuracy} |'
 
 
 def provenance() -> str:
-    """What is verified of each family and what is our choice."""
+    """Paper of each family, what is verified and what is our choice."""
     rows = ['| family | paper | verified | our choice |', '| --- | --- | --- | --- |']
     for family in FAMILIES:
         paper = f'[{family.arxiv}](https://arxiv.org/abs/{family.arxiv})'
@@ -72,14 +76,14 @@ def provenance() -> str:
 
 def citations() -> str:
     """BibTeX of the papers."""
-    return '\n'.join(['```bibtex', *(family.bibtex for family in FAMILIES), '```'])
+    return '\n\n'.join(family.bibtex for family in FAMILIES)
 
 
 SECTIONS: dict[Section, Callable[[], str]] = {
     Section(README, 'models'): models,
     Section(README, 'families'): provenance,
     Section(README, 'speed'): _benchmarks.speed,
-    Section(README, 'citations'): citations,
+    Section(CITATION, 'citations'): citations,
     Section(BENCHMARKS, 'models on a CPU'): _benchmarks.cpu_models,
     Section(BENCHMARKS, 'models on a GPU'): _benchmarks.gpu_models,
     Section(BENCHMARKS, 'operations on a CPU'): _benchmarks.operations,
