@@ -182,7 +182,7 @@ def draw_operations(path: Path) -> None:
     axes.set_yscale('log')
     axes.set_yticks([1, 2, 5, 10, 20, 50], ['1', '2', '5', '10', '20', '50'])
     axes.axhline(1, color='black', linewidth=0.8)
-    axes.set_xticks(range(len(kinds)), [kind.replace('Attention', '\nattention') for kind in kinds], fontsize=8)
+    axes.set_xticks(range(len(kinds)), [re.sub('(?<=[a-z])(?=[A-Z])', '\n', kind) for kind in kinds], fontsize=8)
     axes.set_ylabel('times faster than the textbook form')
     axes.grid(axis='y', alpha=0.3)
     axes.legend(fontsize=8)

@@ -678,7 +678,8 @@ def draw_growth(rows: Sequence[Row], path: Path) -> None:
     [(usual_batch, _)] = Counter(batch for _, batch, _ in points).most_common(1)
     over_side = [(side, row) for side, batch, row in points if batch == usual_batch]
     over_batch = [(batch, row) for side, batch, row in points if side == usual_side]
-    figure = Figure(figsize=(11, 8), layout='constrained')
+    colours = {name: f'C{number}' for number, name in enumerate(dict.fromkeys(row.name for row in rows))}
+    figure = Figure(figsize=(9, 6.5), layout='constrained')
     quantities: dict[str, Callable[[Row], float]] = {
         'seconds': lambda row: row.median, 'peak memory, MB': lambda row: row.peak / 1e6}
     for line, (what, of) in enumerate(quantities.items()):
@@ -686,17 +687,20 @@ def draw_growth(rows: Sequence[Row], path: Path) -> None:
             axes = figure.add_subplot(2, 2, 2 * line + column + 1)
             for name in dict.fromkeys(row.name for _, row in among):
                 curve = sorted((x, of(row)) for x, row in among if row.name == name)
-                axes.plot(*zip(*curve, strict=True), marker='o', label=name)
-            low, high = (pick(x for x, _ in among) for pick in (min, max))
+                axes.plot(*zip(*curve, strict=True), marker='o', markersize=4, color=colours[name], label=name)
+            sizes = sorted({x for x, _ in among})
+            low, high = sizes[0], sizes[-1]
             start = min(of(row) for x, row in among if x == low)
             for power, style in ((2, ':'), (3, '--'), (4, '-.')) if column == 0 else ((1, ':'),):
                 line_style: dict[str, Any] = dict(linestyle=style, color='grey', linewidth=0.8, label=f'slope {power}')
                 axes.plot([low, high], [start, start * (high / low) ** power], **line_style)
-            axes.set_xscale('log', base=2)
+            axes.set_xscale('log')
+            axes.set_xticks(sizes, [str(size) for size in sizes])
+            axes.minorticks_off()
             axes.set_yscale('log')
             axes.set_xlabel(label)
             axes.set_ylabel(what)
-            axes.legend(fontsize=7)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc='outside right', fontsize=8)
     with written_whole(path) as temporary:
         figure.savefig(temporary, format='png', dpi=110)
 
