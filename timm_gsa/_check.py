@@ -1,4 +1,4 @@
-"""Refuses a timm that this package cannot work with, in one sentence."""
+"""Checks that the installed timm is supported."""
 import importlib.metadata
 import inspect
 import sys
@@ -12,7 +12,7 @@ __all__ = ["TIMM_FLOOR", "require_supported_timm"]
 
 TIMM_FLOOR = "1.0.21"
 
-# What the package takes from timm, some of it private: everything imported, and the keyword arguments that matter.
+# Everything that the package imports from timm, some of it private, and the keyword arguments that it passes.
 _NAMES = {
     "timm.data": ("IMAGENET_DEFAULT_MEAN", "IMAGENET_DEFAULT_STD"),
     "timm.layers": (
@@ -73,10 +73,10 @@ def _missing() -> list[str]:
 
 
 def require_supported_timm() -> None:
-    """Check that timm is there, not older than `TIMM_FLOOR`, and has what this package takes from it.
+    """Check that timm is installed, not older than `TIMM_FLOOR`, and has the names that this package imports.
 
     Raises:
-        ImportError: It does not; the message names both versions and what is missing.
+        ImportError: It is not; the message names both versions and what is missing.
     """
     need = f"timm_gsa {__version__} needs timm >= {TIMM_FLOOR}"
     try:

@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,16 +7,21 @@ from timm_gsa.commands import main
 from timm_gsa.commands._inputs import PHOTOS
 
 
-def classify(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, '-m', 'timm_gsa', 'classify', *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
-        timeout=300)
+@pytest.fixture
+def classify(tmp_path, monkeypatch, capsys):
+    """Runs the command in an empty folder; returns its status and the lines of its output and of its messages."""
+    def classify(*arguments):
+        monkeypatch.chdir(tmp_path)
+        status = main(['classify', *map(str, arguments)])
+        said = capsys.readouterr()
+        return status, said.out.splitlines(), said.err.splitlines()
+    return classify
 
 
-def test_classify_names_what_is_in_the_photos_and_draws_a_picture_of_each(tmp_path):
-    done = classify('--save-dir', tmp_path / 'out', cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    lines = dict(line.split(': ', 1) for line in done.stdout.splitlines())
+def test_classify_names_what_is_in_the_photos_and_draws_a_picture_of_each(classify, tmp_path):
+    status, said, _ = classify('--save-dir', 'out')
+    assert status == 0
+    lines = dict(line.split(': ', 1) for line in said)
     assert sorted(lines) == ['astronaut.jpg', 'chelsea.jpg', 'coffee.jpg', 'rocket.jpg']
     assert 'rocket' in lines['rocket.jpg'] and 'cup' in lines['coffee.jpg']
     for name, listing in lines.items():
@@ -30,7 +33,7 @@ def test_classify_names_what_is_in_the_photos_and_draws_a_picture_of_each(tmp_pa
         'astronaut.png', 'chelsea.png', 'coffee.png', 'rocket.png']
 
 
-def test_classify_says_which_files_it_could_not_read_and_does_the_others(tmp_path):
+def test_classify_names_the_files_it_cannot_read_and_classifies_the_others(classify, tmp_path):
     photo = next(PHOTOS.glob('*.jpg'))
     (tmp_path / 'empty.jpg').touch()
     (tmp_path / 'text.jpg').write_text('no image')
@@ -40,13 +43,12 @@ def test_classify_says_which_files_it_could_not_read_and_does_the_others(tmp_pat
     Image.new('RGBA', (3, 200), 'red').save(tmp_path / 'thin.png')
     Image.new('I;16', (40, 30), 999).save(tmp_path / 'deep.png')
     bad = ['missing.jpg', 'empty.jpg', 'text.jpg', 'cut.jpg', 'folder', 'bomb.png']
-    done = classify(photo, *bad, 'thin.png', 'deep.png', photo, '--top-k', 2, '--model', 'san_tiny_patchwise',
-                    '--save-dir', 'out', cwd=tmp_path)
-    assert done.returncode == 1
-    assert [line.split(': not classified: ')[0] for line in done.stderr.splitlines()] == bad
-    assert all(line.split(': not classified: ')[1] for line in done.stderr.splitlines())
-    assert len(done.stdout.splitlines()) == 4
-    assert all(line.count(' %') == 2 for line in done.stdout.splitlines())
+    status, said, refused = classify(
+        photo, *bad, 'thin.png', 'deep.png', photo, '--top-k', 2, '--model', 'san_tiny_patchwise', '--save-dir', 'out')
+    assert status == 1
+    assert [line.split(': not classified: ')[0] for line in refused] == bad
+    assert all(line.split(': not classified: ')[1] for line in refused)
+    assert len(said) == 4 and all(line.count(' %') == 2 for line in said)
     assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == sorted(
         [f'{photo.stem}.png', f'{photo.stem}-2.png', 'thin.png', 'deep.png'])
 

@@ -5,8 +5,6 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -73,10 +71,6 @@ def authors_file(path, state, old=True):
 
 def arguments(checkpoint, out, name=NAME):
     return ['convert-san', str(checkpoint), '--model', name, '--out', str(out)]
-
-
-def run(*args, **kwargs):
-    return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, timeout=300, **kwargs)
 
 
 def assert_refused(capsys, checkpoint, name=NAME):
@@ -161,21 +155,19 @@ def test_names_wanted_are_those_of_the_authors(name):
     assert {key: tuple(tensor.shape) for key, tensor in wanted.items()} == official_shapes(name)
 
 
-@pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='reads the memory of a process as Linux tells it')
+def memory(key):
+    """VmRSS, the memory of this process, or VmHWM, the most it had, in bytes."""
+    return 1024 * int(re.search(rf'{key}:\s+(\d+) kB', Path('/proc/self/status').read_text())[1])
+
+
+@pytest.mark.skipif(not os.access('/proc/self/clear_refs', os.W_OK), reason='reads the memory of a process from Linux')
 def test_conversion_takes_no_more_memory_than_twice_the_file(place, weights):
     path = authors_file(place / 'best.pth', weights)
-    program = '''
-import re, sys
-def memory(key):
-    return 1024 * int(re.search(rf'{key}:\\s+(\\d+) kB', open('/proc/self/status').read())[1])
-from timm_gsa.commands import main
-before = memory('VmRSS')
-assert main(sys.argv[1:]) == 0
-print(memory('VmHWM') - before)
-'''
-    done = run('-c', program, *arguments(path, place / 'out'))
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[-1]) <= 2 * path.stat().st_size
+    Path('/proc/self/clear_refs').write_text('5')  # resets VmHWM
+    before = memory('VmRSS')
+    assert memory('VmHWM') - before < 2**20
+    assert main(arguments(path, place / 'out')) == 0
+    assert path.stat().st_size < memory('VmHWM') - before <= 2 * path.stat().st_size
 
 
 # What does not go in
@@ -183,17 +175,12 @@ print(memory('VmHWM') - before)
 
 @pytest.mark.parametrize(('change', 'said'), [
     ({'conv_in.weight': None}, ['1 missing:', '  conv_in.weight']),
-    ({'layer1.0.sam.conv2.bias': None}, ['1 missing:', '  layer1.0.sam.conv2.bias']),
     ({'bn2.num_batches_tracked': None}, ['1 missing:', '  bn2.num_batches_tracked']),
     ({'layer2.2.bn1.weight': torch.ones(3)}, ['1 unexpected:', '  layer2.2.bn1.weight']),
     ({'e\x1b[2Jvil\n': torch.ones(3)}, ['1 unexpected:', r'  e\x1b[2Jvil']),
     ({'fc.weight': torch.ones(100, 2048)}, ['1 of another shape:', '  fc.weight: (100, 2048), not (1000, 2048)']),
-    ({'layer3.0.sam.conv3.weight': torch.ones(1, 1024, 1, 1)},
-     ['1 of another shape:', '  layer3.0.sam.conv3.weight: (1, 1024, 1, 1), not (256, 1024, 1, 1)']),
     ({'bn0.bias': torch.zeros(64, dtype=torch.float16)},
      ['1 no tensor of the right type:', '  bn0.bias: torch.float16, not torch.float32']),
-    ({'bn0.bias': torch.zeros(64, dtype=torch.complex64)},
-     ['1 no tensor of the right type:', '  bn0.bias: torch.complex64, not torch.float32']),
     ({'bn0.bias': torch.zeros(64).to_sparse()}, ['1 no tensor of the right type:', '  bn0.bias']),
     ({'bn0.bias': torch.zeros(64, device='meta')}, ['1 no tensor of the right type:', '  bn0.bias']),
     ({'bn0.bias': [0.] * 64}, ['1 no tensor of the right type:', '  bn0.bias']),
@@ -341,12 +328,15 @@ def test_interrupted_conversion_leaves_nothing(place, monkeypatch):
     assert [p.name for p in place.iterdir()] == ['best.pth']
 
 
-def test_full_disk_is_reported_in_one_line_and_leaves_nothing(place):
+def test_full_disk_is_reported_in_one_line_and_leaves_nothing(place, capsys):
     resource = pytest.importorskip('resource')
     torch.save(hollow(NAME), place / 'best.pth')
-    done = run(
-        '-m', 'timm_gsa', *arguments(place / 'best.pth', place / 'out'),
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)))
-    assert done.returncode == 1
-    assert done.stderr.startswith(f'{place / "out"}: not written: ') and done.stderr.count('\n') == 1
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))  # Python ignores the signal and raises OSError
+    try:
+        assert main(arguments(place / 'best.pth', place / 'out')) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().err
+    assert said.startswith(f'{place / "out"}: not written: ') and said.count('\n') == 1
     assert [p.name for p in place.iterdir()] == ['best.pth']

@@ -46,21 +46,8 @@ def hub(hub_module, entry_files):
 
 
 @pytest.fixture
-def client_env(hub, tmp_path):
-    """Environment of a process whose client talks to the Hub: empty cache, no token, this checkout."""
-    env = {
-        key: value for key, value in os.environ.items()
-        if not key.startswith(('HF_', 'HUGGING', 'TRANSFORMERS_', 'XDG_', 'TIMM_')) and 'proxy' not in key.lower()
-    }
-    return {
-        **env, 'HF_ENDPOINT': hub.endpoint, 'HF_HOME': str(tmp_path / 'hf'), 'HF_HUB_DISABLE_TELEMETRY': '1',
-        'HF_HUB_DISABLE_PROGRESS_BARS': '1', 'PYTHONPATH': str(Path(__file__).parents[2]), 'OMP_NUM_THREADS': '1',
-    }
-
-
-@pytest.fixture
 def cache(hub, tmp_path, monkeypatch):
-    """The client of this process talks to the Hub; yields its cache, which is empty and shared with `client_env`."""
+    """The client of this process talks to the Hub; yields its cache, which is empty."""
     import huggingface_hub
     from huggingface_hub import constants
     for key in list(os.environ):

@@ -1,4 +1,4 @@
-"""Attention inside ResNets as timm models: commands for photos, weights and the table of models.
+"""Attention networks and rivals as timm models: commands for photos, weights and the table of models.
 
 A command is a module of this package without an underscore: its docstring is its help, `add_arguments` declares its
 arguments and `run` does the work and returns the exit status. Libraries of an extra are imported in `run`.
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status of the command.
 
     Raises:
-        SystemExit: The command line is wrong (status 2), or it asked for help.
+        SystemExit: The command line is wrong or a command failed (status 2), or help was printed.
     """
     args = make_parser().parse_args(argv)
     try:
@@ -74,7 +74,7 @@ def console() -> NoReturn:
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Help with defaults, and with the examples of the docstring as they are written."""
+    """Shows defaults, and the docstring's examples with their line breaks."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default in (None, [], False):

@@ -1,10 +1,10 @@
-"""Drawings of what a model attends to, over the part of the photo that it sees."""
+"""Draws attention maps and relevance over the part of a photo that the model sees."""
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Perceptually uniform, and dark where there is no weight, so that the photo recedes.
+# Perceptually uniform and dark at zero weight, so that the photo stays in the background.
 POSITIVE, SIGNED = 'inferno', 'berlin'
 SHARE, WEIGHT, RELEVANCE = 'weight, % of the sum', 'weight, without unit', 'relevance, % of the maximum'
 OPACITY = 0.68
@@ -38,10 +38,10 @@ class Panel:
 
     Attributes:
         kind: 'content', 'position', 'weight', 'rollout' or 'relevance'.
-        title: What the map is.
-        detail: Size of the map and what it was averaged over.
-        weight: (H, W) array, covers the part of the photo that the model sees.
-        unit: What the colour bar says.
+        title: First line above the map.
+        detail: Second line: size of the map and what it was averaged over.
+        weight: Array (H, W) over the part of the photo that the model sees.
+        unit: Label of the colour bar.
     """
 
     kind: str
@@ -56,7 +56,7 @@ class Panel:
 
     @property
     def of_point(self) -> bool:
-        """Whether the map belongs to one position."""
+        """True if the map belongs to one query position."""
         return self.kind != 'relevance'
 
 
@@ -66,13 +66,13 @@ def panels(
         point: tuple[float, float] | None = None,
         layers: Sequence[str] | None = None,
 ) -> list[Panel]:
-    """What one position attends to in the layers of a model, averaged over heads or weight groups.
+    """Attention of one position in the layers of a model, averaged over heads or weight groups.
 
     Args:
         classifier: The model, with its preprocessing.
         photo: RGB image.
         point: Position (x, y) in pixels of `classifier.view(photo)`; its centre where None.
-        layers: Names of layers or of modules that contain some; the last attention layer of each stage where None.
+        layers: Names of layers, or of modules that contain some. None: the last attention layer of each stage.
 
     Returns:
         One panel for each layer, for GSA two: content and position. The position's weights are multiplied by the mean
@@ -84,12 +84,12 @@ def panels(
     maps = attention_maps(
         classifier.model, classifier.transform(photo).unsqueeze(0), _input_points(classifier, point), layers)
     if layers is None:
-        maps = {attention.layer.partition('.')[0]: attention for attention in maps.values()}
+        maps = {_stage(classifier.model, attention.layer): attention for attention in maps.values()}
     return [panel for attention in maps.values() for panel in _layer_panels(attention)]
 
 
 def rollout_panel(classifier: Classifier, photo: Image.Image, point: tuple[float, float]) -> Panel | None:
-    """What one position of the last attention layer saw through all of them; None where a rollout says nothing.
+    """Rollout of one position of the last attention layer through all layers; None if the family has no rollout.
 
     Args:
         classifier: As for `panels`.
@@ -104,10 +104,10 @@ def rollout_panel(classifier: Classifier, photo: Image.Image, point: tuple[float
 
 
 def relevance_panel(classifier: Classifier, photo: Image.Image, best: str) -> Panel:
-    """Where a model looked for the class it finds most probable, called `best`, by pytorch-grad-cam.
+    """Relevance of the photo's parts for the most probable class, called `best`, by pytorch-grad-cam.
 
-    LayerCAM (Jiang et al. 2021, "LayerCAM: Exploring Hierarchical Class Activation Maps for Localization") of the
-    feature maps behind the stem, whose maps are averaged; works for any timm model that names its feature maps.
+    The mean of LayerCAM (Jiang et al. 2021, "LayerCAM: Exploring Hierarchical Class Activation Maps for Localization")
+    over all feature maps but the first. Works for any timm model with `feature_info`.
 
     Raises:
         ImportError: pytorch-grad-cam is not installed.
@@ -138,7 +138,7 @@ def draw_panel(view: Image.Image, panel: Panel, point: tuple[float, float] | Non
     from matplotlib.figure import Figure
 
     height = size / (1 + sum(FRAME))
-    width = height * view.width / view.height + 0.14 * size  # the ends of the colour bar's labels stand out
+    width = height * view.width / view.height + 0.14 * size  # labels of the colour bar reach beyond the map
     figure = Figure(figsize=(width / 100, size / 100), dpi=100)
     axes = figure.add_axes((0.07 * size / width, FRAME[1] * height / size, 1 - 0.14 * size / width, height / size))
     draw_on(axes, view, panel, point, font_size=size / 40)
@@ -155,7 +155,7 @@ def draw_on(
     """Draw a map over the view in grey, with a colour bar below, and the position the map belongs to."""
     axes.set_axis_off()
     extent = (0, view.width, view.height, 0)
-    axes.imshow(view.convert('L'), cmap='gray', vmin=-160, vmax=255, extent=extent)  # brightened, to show through
+    axes.imshow(view.convert('L'), cmap='gray', vmin=-160, vmax=255, extent=extent)  # brightened
     limit = 100. if panel.unit == RELEVANCE else float(abs(panel.weight).max()) or 1.
     drawn = axes.imshow(
         panel.weight,
@@ -192,6 +192,12 @@ def rendered(figure: Figure) -> Image.Image:
     figure.savefig(buffer, format='png')
     with Image.open(buffer) as picture:
         return picture.convert('RGB')
+
+
+def _stage(model: Any, layer: str) -> str:
+    """Module of a feature map (`feature_info`) that contains a layer, else the top-level module."""
+    names = [info['module'] for info in getattr(model, 'feature_info', [])]
+    return max((name for name in names if layer.startswith(f'{name}.')), key=len, default=layer.partition('.')[0])
 
 
 def _input_points(classifier: Classifier, point: tuple[float, float] | None) -> list[tuple[float, float]] | None:

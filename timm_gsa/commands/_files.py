@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and the config of a model for the Hub."""
+"""Writes files atomically, and the config of a model for the Hub."""
 from __future__ import annotations
 
 import json

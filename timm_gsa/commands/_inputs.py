@@ -1,4 +1,4 @@
-"""What the commands share: photos, models with their preprocessing and classes, checkpoints, arguments and extras."""
+"""Shared by the commands: photos, models with preprocessing and class names, checkpoints, arguments, extras."""
 import argparse
 import importlib.util
 import math
@@ -39,10 +39,10 @@ class Classifier:
 
     Args:
         name: Name of the model for `timm.create_model`.
-        checkpoint: File of timm's train.py or safetensors with the weights; the pretrained ones where None.
-        classes: Where the names of the classes are: a folder with a folder for each, as the model was trained on, or a
-            text file with a name on each line. Those of the pretrained weights where None.
-        img_size: Height and width of the model's input in pixels; the size it was trained on where None.
+        checkpoint: Checkpoint of timm's train.py or safetensors file. None: pretrained weights.
+        classes: Source of the class names: the folder the model was trained on, with a folder for each class, or a text
+            file with a name on each line. None: names of the pretrained weights.
+        img_size: Height and width of the model's input in pixels. None: the size the model was trained on.
 
     Raises:
         RuntimeError: There is no such model, no weights for it, or they do not fit.
@@ -66,20 +66,20 @@ class Classifier:
         self._crop_pct, self._crop_mode = config['crop_pct'], config['crop_mode']
         self.transform = create_transform(**config)
         self.class_names = names or class_names(self.model)
-        # The part of a photo that the model sees is shown larger, by a whole factor.
+        # The view is the model's input enlarged by a whole factor.
         self.view_scale = max(1, round(VIEW_SIZE / min(self.input_size[1:])))
         height, width = (self.view_scale * size for size in self.input_size[1:])
         self._view = create_transform(**{**config, 'input_size': (3, height, width)}, normalize=False)
 
     def view(self, photo: Image.Image) -> Image.Image:
-        """The part of an RGB photo that the model sees, at `view_scale` times the size of its input."""
+        """Part of an RGB photo that the model sees, `view_scale` times as large as its input."""
         return Image.fromarray(self._view(photo).permute(1, 2, 0).numpy())
 
     def locate(self, photo: Image.Image, point: tuple[float, float]) -> tuple[float, float]:
-        """Where a pixel (x, y) of the photo lies in `view`, in pixels of that.
+        """Position in `view` of a pixel (x, y) of the photo.
 
         Raises:
-            ValueError: The model does not see it, or crops in a way that is not known here.
+            ValueError: The pixel is outside of what the model sees, or the model's crop mode is not supported.
         """
         height, width = self.input_size[1:]
         factors = [
@@ -109,14 +109,14 @@ class Classifier:
 
 
 def load_weights(model: torch.nn.Module, path: Path) -> None:
-    """Load a checkpoint of timm's train.py or a safetensors file; nothing in it is executed.
+    """Load a checkpoint of timm's train.py or a safetensors file without executing code in it.
 
     Raises:
         RuntimeError: It is no checkpoint, or does not fit the model.
         OSError: It is missing or unreadable.
     """
     try:
-        # timm of this package's floor would unpickle anything; train.py stores its arguments as a Namespace.
+        # The oldest supported timm unpickles anything by default. train.py stores its arguments as a Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
             timm.models.load_checkpoint(model, str(path), weights_only=True)
     except FileNotFoundError:
@@ -124,15 +124,15 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
     except (pickle.UnpicklingError, SafetensorError, EOFError, RuntimeError) as error:
         broken = any(not isinstance(each, RuntimeError) for each in (error, error.__cause__) if each)
         what = 'is not one that can be loaded safely' if broken else 'does not fit the model'
-        reason = str(error).partition('. ')[0]  # what follows is advice to switch the protection off
+        reason = str(error).partition('. ')[0]  # the rest advises to switch the protection off
         raise RuntimeError(f'checkpoint {path} {what}: {reason}') from error
 
 
 def read_class_names(path: Path) -> list[str]:
-    """Names of classes in their order, from a folder as timm reads it or a text file with a name on each line.
+    """Class names in order, from a folder as timm reads it or a text file with a name on each line.
 
     Raises:
-        ValueError: There is none, or the file is not UTF-8.
+        ValueError: There are no names, or the file is not UTF-8.
         OSError: The path is missing or unreadable.
     """
     if path.is_dir():
@@ -146,7 +146,7 @@ def read_class_names(path: Path) -> list[str]:
 
 
 def class_names(model: Any) -> list[str]:
-    """Readable names of a model's classes: from its pretrained config, of ImageNet, else their numbers."""
+    """Readable class names of a model: from its pretrained config, else of ImageNet, else numbers."""
     names = model.pretrained_cfg.get('label_names')
     if names and len(names) == model.num_classes:
         return [name.replace('_', ' ') for name in names]
@@ -171,7 +171,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode as RGB: turned as its EXIF data say, 16 bits scaled to 8, on white."""
+    """RGB form of a picture of any mode: rotated by its EXIF data, scaled to 8 bits, on a white ground."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith('I;16'):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # convert() would clip at 255
@@ -197,7 +197,7 @@ def positive(text: str) -> int:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `Classifier` beside the model's name, for a command line."""
+    """Declare the arguments of `Classifier` except the model's name."""
     parser.add_argument(
         '--checkpoint', metavar='FILE', type=Path, help="weights of timm's train.py or in safetensors; else pretrained")
     parser.add_argument(
@@ -224,10 +224,10 @@ def require_extra(extra: str, *modules: str) -> None:
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ValueError:  # it is None in sys.modules, which blocks the import
+    except ValueError:  # sys.modules holds None, which blocks the import
         return False
 
 
 def progress(items: Iterable[T], what: str, unit: str, total: int | None = None) -> Iterable[T]:
-    """The items, with a progress bar on a terminal that is gone at the end."""
+    """Iterate with a progress bar, on terminals only, that disappears at the end."""
     return tqdm(items, desc=what, unit=unit, total=total, leave=False, disable=None)

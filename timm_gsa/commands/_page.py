@@ -1,4 +1,4 @@
-"""The page of `timm-gsa demo`: models, photos and the maps of the place that was clicked on. Needs Gradio."""
+"""The page of `timm-gsa demo`: models, photos and the attention maps of a clicked position. Needs Gradio."""
 import base64
 import html
 import io
@@ -24,19 +24,19 @@ from ._inputs import PHOTOS, Classifier, upright_rgb
 
 EXAMPLES = sorted(PHOTOS.glob('*.jpg'), reverse=True)
 
-FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF')  # Pillow reads more, but some through other programs or in tiles of any size
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF')  # of Pillow's other formats some start programs or ignore size limits
 MAX_BYTES = 20 * 2**20
-MAX_OVERHEAD = 2**16  # of a request with a file, beside the file
+MAX_OVERHEAD = 2**16  # bytes of an upload request beyond the file
 MAX_PIXELS = 50_000_000
-MAX_RATIO = 20  # of the sides: transforms resize the shorter one, and the longer one with it
-MAX_SCANS = 100  # of a JPEG: each goes over all pixels but takes as little as 75 bytes, so that a file could mean hours
+MAX_RATIO = 20  # of the sides, because transforms resize the shorter side and enlarge the longer with it
+MAX_SCANS = 100  # of a JPEG: decoding a scan visits all pixels, but a scan may have 75 bytes
 ALLOWED = f'JPEG, PNG, WebP and GIF, at most {MAX_BYTES >> 20} MB and {MAX_PIXELS // 10**6} megapixels'
-KEEP_SECONDS = 3600  # for which uploads and pictures are kept
-SWEEP_SECONDS = 600  # between two looks for older ones
+KEEP_SECONDS = 3600  # age at which uploads and pictures are deleted
+SWEEP_SECONDS = 600  # between two searches for old files
 
 TOP_K = 5
 CENTRE = (0.5, 0.5)
-LAST = 1 - 1e-6  # of what is still within the picture
+LAST = 1 - 1e-6  # largest coordinate inside the picture
 THEME = gr.themes.Default(primary_hue='blue', font=['system-ui', 'sans-serif'], font_mono=['system-ui', 'sans-serif'])
 CSS = """
 .gradio-container { max-width: 1200px !important; margin: 0 auto !important; }
@@ -64,13 +64,13 @@ Spot = tuple[float, float]
 
 
 class PhotoError(ValueError):
-    """What keeps a file from being shown."""
+    """Reason why a file is refused, for the user."""
 
 
 def read_photo(path: Path) -> Image.Image:
-    """Read a picture of unknown origin as RGB: upright, on white, the first of an animation.
+    """Read an untrusted picture as RGB: upright, on a white ground, first frame of an animation.
 
-    Nothing is decoded before the picture is known to be within the limits.
+    The limits are checked before anything is decoded.
 
     Raises:
         PhotoError: The file is beyond the limits, broken or not a picture.
@@ -85,12 +85,12 @@ def read_photo(path: Path) -> Image.Image:
         raise PhotoError('The photo is no longer here, as photos are deleted after a while: drop it again.') from None
     except Image.DecompressionBombError:
         raise PhotoError(f'The photo has too many pixels; allowed are {ALLOWED}.') from None
-    except Exception as error:  # Pillow's decoders raise nearly all there is where a file is broken
+    except Exception as error:  # Pillow's decoders raise many kinds of errors for broken files
         raise PhotoError(f'The file is broken, or of another kind than what is allowed: {ALLOWED}.') from error
 
 
 def _check(image: Image.Image, path: Path) -> None:
-    """Raise PhotoError where an opened, undecoded picture is beyond the limits."""
+    """Raise PhotoError if an opened, not yet decoded picture is beyond the limits."""
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise PhotoError(f'The photo has {width} x {height} pixels; allowed are {ALLOWED}.')
@@ -111,7 +111,7 @@ def marked(view: Image.Image, point: tuple[float, float]) -> Image.Image:
 
 
 def drawn(view: Image.Image, panel: Panel, point: tuple[float, float]) -> Image.Image:
-    """A panel without its title, with labels that can be read at half the size."""
+    """Picture of a panel without title, with large labels."""
     width, height, labels = 3.6, 3.6 * view.height / view.width, 0.85  # inches
     figure = Figure(figsize=(width, height + labels), dpi=100)
     axes = figure.add_axes((0, labels / (height + labels), 1, height / (height + labels)))
@@ -122,7 +122,7 @@ def drawn(view: Image.Image, panel: Panel, point: tuple[float, float]) -> Image.
 
 
 def maps_html(view: Image.Image, shown: Sequence[Panel], point: tuple[float, float]) -> str:
-    """Panels as a grid of figures: stages from left to right, a row for each kind of map."""
+    """HTML grid of panels: stages from left to right, one row for each kind of map."""
     kinds = list(dict.fromkeys(panel.kind for panel in shown))
     figures = []
     for panel in sorted(shown, key=lambda panel: kinds.index(panel.kind)):
@@ -136,10 +136,10 @@ def maps_html(view: Image.Image, shown: Sequence[Panel], point: tuple[float, flo
 
 
 class Page(gr.Blocks):
-    """The page, for any number of users; what one of them chose is kept in the session.
+    """The page. Choices of a user are kept in the session.
 
     Args:
-        classifiers: Models with attention layers by the names that they are chosen by; the first is shown at the start.
+        classifiers: Models with attention layers by name; the first is shown at the start.
     """
 
     def __init__(self, classifiers: Mapping[str, Classifier]) -> None:
@@ -154,7 +154,7 @@ class Page(gr.Blocks):
             gr.Markdown(
                 '# What attention networks look at\n'
                 'Choose a model and a photo, then click on the photo. The maps show the weights with which the place '
-                'in the ring gathers what the other places hold, in the last attention layer of each stage.'
+                'in the ring sums the values of the other places, in the last attention layer of each stage.'
             )
             self.model = gr.Radio(
                 list(classifiers), value=next(iter(classifiers)), label='Model', elem_id='model')
@@ -190,7 +190,7 @@ class Page(gr.Blocks):
 
             common: dict[str, Any] = dict(
                 outputs=[self.drop, self.path, self.spot, self.view, self.predictions, self.maps],
-                # A forward pass has all cores as it is, and there is memory for one large photo, not for many.
+                # A forward pass uses all cores, and memory is planned for one large photo at a time.
                 concurrency_id='model',
                 concurrency_limit=1,
                 show_progress_on=self.view,
@@ -201,12 +201,12 @@ class Page(gr.Blocks):
             self.model.change(self._show, state, trigger_mode='always_last', **common)
             self.view.select(self._click, state, trigger_mode='always_last', **common)
             examples.click(self._choose, [self.model, examples], **common)
-            # Gradio's preprocessing would decode the picture, whatever its size.
+            # Gradio's preprocessing would decode pictures of any size.
             self.drop.upload(self._take, [self.model, self.drop], preprocess=False, **common)
         self.queue(max_size=64)
 
     async def preprocess_data(self, block_fn: Any, inputs: list[Any], *args: Any, **kwargs: Any) -> Any:
-        """As in Gradio, but nothing is fetched from another host because a client names its address for a file."""
+        """As in Gradio, but refuses addresses in place of files, which Gradio would download."""
         def refuse(file: dict[str, Any]) -> None:
             raise gr.Error('A photo has to be uploaded; no address is allowed.', print_exception=False)
 
@@ -214,7 +214,7 @@ class Page(gr.Blocks):
         return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
 
     def _show(self, model: str, path: str, spot: Spot, pixel: Sequence[float] | None = None) -> dict[Any, Any]:
-        """What to change on the page: everything, or nothing but the dropped file where that is refused."""
+        """Changes of the page: everything, or only the dropped file if it is refused."""
         try:
             photo = read_photo(Path(path))
         except PhotoError as error:
@@ -246,11 +246,11 @@ class Page(gr.Blocks):
 
 
 class UploadGuard:
-    """Middleware for two things that Gradio leaves open: the size of a whole request, and uploads that broke off.
+    """Middleware that limits the size of whole requests and deletes interrupted uploads, which Gradio does not.
 
     Args:
         app: The application behind.
-        folder: Where Gradio puts uploads, under a temporary name until they are complete.
+        folder: Gradio's folder for uploads. Incomplete ones have temporary names.
     """
 
     def __init__(self, app: ASGIApp, folder: Path) -> None:
@@ -270,20 +270,20 @@ class UploadGuard:
 
         if scope['type'] == 'http' and scope['path'].endswith('/upload'):
             for part in self.folder.glob('tmp*'):
-                with suppress(FileNotFoundError):  # it has just been completed and renamed
+                with suppress(FileNotFoundError):  # renamed in the meantime
                     if part.stat().st_mtime < time.time() - KEEP_SECONDS:
                         part.unlink()
         await self.app(scope, limited, send)
 
 
 def launch(page: Page, host: str, port: int, folder: Path) -> None:
-    """Serve a page without waiting for its end.
+    """Serve a page in the background.
 
     Args:
         page: The page.
         host: Address to listen on.
         port: Port to listen on.
-        folder: The folder for uploads that Gradio knew of (GRADIO_TEMP_DIR) when the page was made.
+        folder: Folder for uploads: GRADIO_TEMP_DIR at the time when the page was made.
 
     Raises:
         OSError: It cannot listen there.

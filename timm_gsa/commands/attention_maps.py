@@ -1,13 +1,13 @@
-"""Draw what models attend to at chosen places of a photo.
+"""Draw what models attend to at chosen points of a photo.
 
 examples:
   timm-gsa attention-maps photo.jpg
   timm-gsa attention-maps photo.jpg --model gsa_resnet_tiny san_tiny_pairwise --point 210 120 --point 40 40
   timm-gsa attention-maps photo.jpg --layers layer3 --checkpoint model_best.pth.tar --classes DIR/train
 
-The rows of a model belong to one place, marked by a ring. They show the weights with which the output there gathers
-the values of each layer; GSA has a row for content and one for position. The last columns are the rollout of that place
-through all layers, where it has a meaning, and the relevance for the predicted class by pytorch-grad-cam.
+Each row belongs to one point, marked by a ring, and shows the attention weights of the output at that point, layer by
+layer. GSA has one row for content and one for position. The last columns are the rollout through all layers (GSA, SAN)
+and the relevance for the predicted class by pytorch-grad-cam.
 Needs the extra interpret.
 """
 from __future__ import annotations
@@ -34,7 +34,7 @@ Point = tuple[float, float]
 
 @dataclass
 class Row:
-    """Panels that belong to one place (in pixels of the view); the first of its rows has a title and the photo."""
+    """Panels of one point, given in pixels of the view. Only the first row of a point has a title and the photo."""
 
     point: Point
     title: str
@@ -52,7 +52,7 @@ def figure(
     Args:
         photo: RGB image.
         classifiers: Models by their names.
-        points: Places (x, y) in pixels of the photo; the centre where there is none.
+        points: Points (x, y) in pixels of the photo; the centre if there are none.
         layers: Layers to draw, as for `timm_gsa.attention_maps`; the last of each stage where None.
 
     Raises:
@@ -67,7 +67,7 @@ def figure(
     views = {name: classifier.view(photo) for name, classifier in classifiers.items()}
     columns = 1 + max(len(row.panels) for rows in blocks.values() for row in rows)
     lines = sum(len(rows) for rows in blocks.values())
-    # Every map has the same place in its cell, so that photos and maps of all rows stand in line.
+    # Maps have fixed places in their cells, so that all rows are aligned.
     height = PANEL_SIZE * max(view.height / view.width for view in views.values())
     cell_width, cell_height = 1.14 * PANEL_SIZE, height * (1 + sum(FRAME))
     drawing = Figure(figsize=(columns * cell_width, lines * cell_height), dpi=110)
@@ -107,12 +107,12 @@ def _rows(
         point = classifier.locate(photo, (x, y))
         drawn = panels(classifier, photo, point, layers)
         kinds = list(dict.fromkeys(panel.kind for panel in drawn))
-        of_place = [Row(point, '', [panel for panel in drawn if panel.kind == kind]) for kind in kinds]
-        of_place[0].title = f'{best.name} {100 * best.probability:.0f} %, from ({x:g}, {y:g})'
+        of_point_rows = [Row(point, '', [panel for panel in drawn if panel.kind == kind]) for kind in kinds]
+        of_point_rows[0].title = f'{best.name} {100 * best.probability:.0f} %, from ({x:g}, {y:g})'
         rollout = rollout_panel(classifier, photo, point)
         if rollout is not None:
-            of_place[0].panels.append(rollout)
-        rows += of_place
+            of_point_rows[0].panels.append(rollout)
+        rows += of_point_rows
     rows[0].panels.append(relevance_panel(classifier, photo, best.name))
     return rows
 
@@ -125,7 +125,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--model', nargs='+', default=['gsa_resnet_tiny'], help='models of this package, drawn below one another')
     parser.add_argument(
         '--point', metavar=('X', 'Y'), nargs=2, type=float, action='append', default=[],
-        help='place in pixels of the photo, may be repeated; the centre if not given')
+        help='point in pixels of the photo, may be repeated; the centre if not given')
     parser.add_argument('--layers', nargs='+', help='layers, or modules with some; the last of each stage if not given')
     add_model_arguments(parser)
     parser.add_argument(

@@ -38,13 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument('--top-k', metavar='K', type=positive, default=5, help='classes to name')
     parser.add_argument(
-        '--where', action='store_true', help='draw where it looked for its best class (needs the extra interpret)')
+        '--where', action='store_true', help='draw the relevance for the best class (needs the extra interpret)')
     parser.add_argument(
         '--save-dir', metavar='DIR', type=Path, default=Path('output', 'classify'), help='where pictures are written')
 
 
 def run(args: argparse.Namespace) -> int:
-    """Classify the photos; returns 1 if one of them could not be."""
+    """Classify the photos; returns 1 if one failed."""
     if args.where:
         require_extra('interpret', 'matplotlib', 'pytorch_grad_cam')
     classifier = Classifier(args.model, args.checkpoint, args.classes, args.img_size)
@@ -104,7 +104,7 @@ def draw(
 
 
 def free_name(directory: Path, stem: str, taken: set[Path]) -> Path:
-    """Path of a picture that none of this run has; pictures of earlier runs are replaced."""
+    """Path that no picture of this run has; pictures of earlier runs are replaced."""
     path, number = directory / f'{stem}.png', 1
     while path in taken:
         number += 1

@@ -38,11 +38,11 @@ LISTED = 20  # names of each kind of problem
 
 
 class ConversionError(Exception):
-    """What is wrong, for the user."""
+    """Reason why a conversion failed, for the user."""
 
 
 def official_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What the authors' state dict of a network holds: tensors of `model` under their names."""
+    """Tensors of `model` under the names of the authors' state dict."""
     ours = dict(model.state_dict())
     blocks = [(name, block) for name, block in model.named_modules() if isinstance(block, SANBlock)]
     for name, block in blocks:
@@ -71,14 +71,14 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         with path.open('rb') as file:
-            zipped = file.read(4) == b'PK\x03\x04'  # the format since torch 1.6, the only one that can be mapped
+            zipped = file.read(4) == b'PK\x03\x04'  # format since torch 1.6; only this one can be memory-mapped
     except OSError as error:
         raise ConversionError(error.strerror or str(error)) from error
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             checkpoint = torch.load(str(path), map_location='cpu', weights_only=True, mmap=zipped)
-    except Exception as error:  # torch's readers stumble over damaged files in all kinds of ways
+    except Exception as error:  # torch raises many kinds of errors for damaged files
         raise ConversionError(_reason(error)) from error
     state = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else checkpoint
     if not isinstance(state, dict):
@@ -91,7 +91,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    """Why torch could not read a file, in one line; its own advice is to switch the protection off."""
+    """One line on why torch could not read a file, without its advice to switch the protection off."""
     text = str(error)
     if isinstance(error, pickle.UnpicklingError):
         name = re.search(r'GLOBAL (\S+)', text)
@@ -100,10 +100,10 @@ def _reason(error: Exception) -> str:
 
 
 def check(state: dict[str, Any], model: nn.Module) -> None:
-    """Compare a state dict of the authors' names with what `model` needs.
+    """Check that a state dict has the authors' names, shapes and types for `model`.
 
     Raises:
-        ConversionError: It holds something else; with the names.
+        ConversionError: It differs; the message lists the names.
     """
     wanted = official_tensors(model)
     problems: dict[str, list[str]] = {
@@ -132,11 +132,11 @@ def check(state: dict[str, Any], model: nn.Module) -> None:
             if len(names) > LISTED:
                 lines.append(f'  and {len(names) - LISTED} more')
     if lines:
-        raise ConversionError('\n'.join([f'does not hold the weights asked for{_whose(state)}', *lines]))
+        raise ConversionError('\n'.join([f'does not hold the weights of this model{_whose(state)}', *lines]))
 
 
 def _whose(state: dict[str, Any]) -> str:
-    """Remark on which network a state dict belongs to; nothing where it is none, or differs in more than that."""
+    """Remark on the network that a state dict belongs to; empty if none matches."""
     shapes = {name: getattr(value, 'shape', None) for name, value in state.items()}
     for name in MODELS:
         model = timm.create_model(name, device='meta')
@@ -152,7 +152,7 @@ def write(state: dict[str, torch.Tensor], model: nn.Module, folder: Path) -> Non
     tensors = checkpoint_filter_fn(state, model)
     state.clear()
     seen: set[int] = set()
-    for name, tensor in tensors.items():  # safetensors takes neither views nor one tensor under two names
+    for name, tensor in tensors.items():  # safetensors refuses views and shared storage
         storage = tensor.untyped_storage()
         if storage.nbytes() != tensor.nbytes or storage.data_ptr() in seen or not tensor.is_contiguous():
             tensors[name] = tensor.clone(memory_format=torch.contiguous_format)
@@ -165,7 +165,7 @@ def write(state: dict[str, torch.Tensor], model: nn.Module, folder: Path) -> Non
 
 
 def difference(checkpoint: Path, name: str, folder: Path) -> float:
-    """Largest absolute difference of the logits of a fixed input, by the checkpoint itself and by the folder."""
+    """Largest absolute difference of the logits between checkpoint and folder, for a fixed input."""
     before = _logits(name, pretrained_cfg_overlay={'file': str(checkpoint)})
     after = _logits(f'local-dir:{folder}')
     return (before - after).abs().max().item()
@@ -199,7 +199,7 @@ def convert(checkpoint: Path, name: str, out: Path, verify: bool = False) -> Non
         check(state, model)
         tqdm.write(f'read {checkpoint}: {len(state)} tensors of {name}')
         with tempfile.TemporaryDirectory(prefix=f'.{out.name}.', dir=out.parent) as temporary:
-            folder = Path(temporary) / out.name  # a folder of its own, as the outer one is for its owner only
+            folder = Path(temporary) / out.name  # the outer folder is readable by its owner only
             folder.mkdir()
             _advance(bar, 'writing')
             write(state, model, folder)
@@ -222,7 +222,7 @@ def _advance(bar: tqdm, step: str) -> None:
 
 
 def _printable(text: str) -> str:
-    """Text without what a terminal would obey, as names in a checkpoint are anyone's."""
+    """Text with control characters escaped, because names in a checkpoint are not trusted."""
     return ''.join(c if c.isprintable() or c == '\n' else ascii(c)[1:-1] for c in text)
 
 
@@ -235,7 +235,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert the checkpoint; returns 1 if it could not be."""
+    """Convert the checkpoint; returns 1 if that failed."""
     out = args.out.resolve()
     if out.is_dir() and (any(out.iterdir()) or out == Path.cwd()):
         raise ValueError(f'--out must be an empty folder of its own, got {args.out}')

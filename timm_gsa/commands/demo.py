@@ -1,11 +1,11 @@
-"""Serve a page: choose a model, drop a photo, click on it and see what that place attends to.
+"""Serve a page: choose a model, drop a photo, click on it and see the attention at that point.
 
 examples:
   timm-gsa demo
   timm-gsa demo --model gsa_resnet_tiny --model san_tiny_patchwise --port 8000
 
-The page listens on this machine alone and asks no other. Photos may have 20 MB and 50 megapixels, which is checked
-before anything is decoded; they are deleted after an hour. Needs the extra demo.
+The page listens on this machine only and connects to no other. Photos may have 20 MB and 50 megapixels, which is
+checked before decoding. They are deleted after an hour. Needs the extra demo.
 """
 import argparse
 import os
@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
             launch(page, args.host, args.port, Path(folder))
         except OSError:
             raise RuntimeError(
-                f'cannot listen on {args.host}:{args.port}, which has to be an address of this machine and a port that '
-                'no other program listens on'
+                f'cannot listen on {args.host}:{args.port}: --host must be an address of this machine and --port must '
+                'not be in use'
             ) from None
         print(f'{page.local_url} shows the page until Ctrl-C', flush=True)
         page.block_thread()

@@ -1,4 +1,4 @@
-"""Draw what a model has learned about positions, whatever the photo.
+"""Draw what a model has learned about positions, independent of the photo.
 
 examples:
   timm-gsa positions
@@ -27,11 +27,11 @@ from ._inputs import Classifier, add_model_arguments, progress, require_extra, s
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LAYERS_ABREAST = 4
+LAYERS_ABREAST = 4  # columns of a figure
 
 
 def table_figure(name: str, model: torch.nn.Module) -> Image.Image | None:
-    """Tables of relative positions of each GSA layer and the lengths of their rows; None for a model without some."""
+    """Tables of relative positions of each GSA layer and the norms of their rows; None if there are none."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -50,7 +50,7 @@ def table_figure(name: str, model: torch.nn.Module) -> Image.Image | None:
         upper, middle, lower = grid[i // columns * 3:i // columns * 3 + 3, i % columns]
         upper.set_title(f'{key}\n{layer.num_heads} heads share a table', fontsize=8)
         for axes, table, axis in ((upper, layer.rel_h, 'rows'), (middle, layer.rel_w, 'columns')):
-            if table is None:  # of content alone
+            if table is None:  # layer with the content branch only
                 continue
             embedding = table.detach().float()
             _draw_table(axes, embedding, axis)
@@ -92,7 +92,7 @@ def _draw_table(axes: Axes, table: torch.Tensor, axis: str) -> None:
 
 
 def radius_figure(name: str, model: torch.nn.Module, input_size: Sequence[int]) -> Image.Image | None:
-    """Radius of every prior attention layer by depth, in positions and in pixels; None for a model without some."""
+    """Radius of every prior attention layer by depth, in positions and in pixels; None if there are none."""
     from matplotlib.figure import Figure
 
     layers = {key: layer for key, layer in model.named_modules() if isinstance(layer, PriorAttention)}
@@ -102,7 +102,7 @@ def radius_figure(name: str, model: torch.nn.Module, input_size: Sequence[int]) 
     drawing = Figure(figsize=(max(5., 0.45 * len(maps) + 2), 4.6), dpi=110, layout='constrained')
     drawing.suptitle(f'Radii learned by {name}', fontsize=11)
     upper, lower = drawing.subplots(2, 1, sharex=True)
-    # Positions of the map, of which a dilated layer counts several as one; pixels by the distance of two positions.
+    # A dilated layer measures its radius in steps of several positions; stride converts positions to pixels.
     cells = {key: layer.attn_dilation for key, layer in layers.items()}
     pixels = {key: cells[key] * maps[key].stride[1] for key in layers}
     for axes, scale, unit in ((upper, cells, 'positions of its map'), (lower, pixels, 'pixels of the image')):

@@ -1,8 +1,8 @@
-"""Where pretrained weights come from, and what is checked before they reach a model.
+"""Fetches pretrained weights and checks them before timm loads them.
 
-timm and huggingface_hub check the length of a download but not its content, fall back to a pickle where a repository
-has no safetensors file, and leave parameters random that a file lacks when the number of classes differs. The checks
-here stand before and inside timm's own loading; what they let pass, timm loads.
+timm and huggingface_hub check the length of a download but not its content. They fall back to a pickle if a repository
+has no safetensors file, and leave missing parameters random if the number of classes differs. The checks here run
+before and inside timm's own loading.
 """
 import functools
 import hashlib
@@ -30,7 +30,7 @@ def _results(tag: str) -> dict[str, Any]:
 
 
 def recorded(entry: str) -> dict[str, Any]:
-    """What is recorded of the weights of an entry (arch.tag): size, sha256, accuracy, `revision` once published.
+    """Record of the weights of an entry (arch.tag): size, sha256, accuracy, and `revision` once published.
 
     Raises:
         KeyError: No weights are recorded under that name.
@@ -39,7 +39,7 @@ def recorded(entry: str) -> dict[str, Any]:
 
 
 def hub_id(entry: str) -> str:
-    """Repository of an entry on the Hub, with the commit that its weights are pinned to once they are published."""
+    """Repository of an entry on the Hub, with the pinned commit once the weights are published."""
     revision = recorded(entry).get('revision')
     return f'{ORGANIZATION}/{entry}' + (f'@{revision}' if revision else '')
 
@@ -50,23 +50,23 @@ def fetch_weights(
         filename: str | None = None,
         cache_dir: str | Path | None = None,
 ) -> str:
-    """Bring the weights of a repository into the Hub's cache, where timm finds them, and check what came.
+    """Download the weights of a repository into the Hub's cache and check them against their SHA-256.
 
     Args:
         model_id: organization/name or organization/name@revision.
         arch: Architecture that will load them.
-        filename: Their file in the repository; model.safetensors where None.
-        cache_dir: The Hub's cache; its own default where None.
+        filename: File in the repository; None: model.safetensors.
+        cache_dir: The Hub's cache; None: its default.
 
     Returns:
-        organization/name@commit of what was checked: timm asked for that gets these very files, without a request.
+        organization/name@commit of the checked files. timm loads exactly these for it, without a request.
 
     Raises:
-        RuntimeError: The file is no safetensors or not what the Hub or the registry says it is (it is deleted from the
-            cache, so that the next call downloads it anew), the same of a config.json that was downloaded before, or
-            the repository is that of another architecture's entry.
+        RuntimeError: The file is no safetensors file, or the repository holds another architecture, or the weights or
+            the config.json have another digest than the Hub or the registry states. In the last case the file is
+            deleted from the cache, so that the next call downloads it again.
         huggingface_hub.errors.EntryNotFoundError: The repository has no such file, or nothing is cached and the Hub
-            cannot be reached. What else the download may raise is huggingface_hub's.
+            cannot be reached. Other errors of huggingface_hub pass through.
     """
     repo_id, _, revision = model_id.partition('@')
     filename = filename or WEIGHTS_NAME
@@ -88,14 +88,14 @@ def fetch_weights(
     except SafetensorError as error:
         raise RuntimeError(f'{filename} of {model_id} is no safetensors file: {error}') from error
     snapshot = path.parents[filename.count('/')]
-    if (snapshot / 'config.json').is_file():  # timm has read it already if the model was asked for by hf-hub:
+    if (snapshot / 'config.json').is_file():  # timm has already read it for a name that starts with hf-hub:
         _check_digest(snapshot / 'config.json', 'config.json', model_id)
     return f'{repo_id}@{snapshot.name}'
 
 
 def _check_digest(path: Path, filename: str, model_id: str, pinned: str | None = None) -> None:
-    """Raises RuntimeError for a file of the cache whose content has another digest, and deletes it."""
-    # A file in the cache bears the name by which the Hub knows its content: SHA-256, or SHA-1 as git computes it.
+    """Raise RuntimeError if a cached file has another digest than it should, and delete it."""
+    # The name of a cached file is the Hub's digest of its content: SHA-256, or SHA-1 as git computes it.
     blob = path.resolve()
     data = blob.read_bytes()
     for expected in dict.fromkeys((pinned or blob.name, blob.name)):
@@ -113,23 +113,23 @@ def _check_digest(path: Path, filename: str, model_id: str, pinned: str | None =
 
 
 def _digests(name: str, data: bytes) -> list[str]:
-    """Digests of `data` of the kind that `name` looks like; none where it looks like no digest."""
+    """Digests of `data` of the same kind as `name`; empty if `name` is no digest."""
     if re.fullmatch('[0-9a-f]{64}', name):
         return [hashlib.sha256(data).hexdigest()]
-    if re.fullmatch('[0-9a-f]{40}', name):  # some mirrors give the plain SHA-1
+    if re.fullmatch('[0-9a-f]{40}', name):  # some mirrors use the plain SHA-1
         return [git_sha1(data), hashlib.sha1(data, usedforsecurity=False).hexdigest()]
     return []
 
 
 def git_sha1(data: bytes) -> str:
-    """Name that git, and so the Hub, gives to a file's content."""
+    """Digest of a file's content in git and on the Hub."""
     digest = hashlib.sha1(b'blob %d\0' % len(data), usedforsecurity=False)
     digest.update(data)
     return digest.hexdigest()
 
 
 def checked(filter_fn: Callable[..., dict[str, Any]] | None) -> Callable[..., dict[str, Any]]:
-    """timm's `pretrained_filter_fn`: `filter_fn`, then a check of what would otherwise load without a word."""
+    """timm's `pretrained_filter_fn`: `filter_fn`, then checks that timm does not make."""
 
     def filter_and_check(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
         if filter_fn is not None:
@@ -141,9 +141,9 @@ def checked(filter_fn: Callable[..., dict[str, Any]] | None) -> Callable[..., di
 
 
 def _check(state_dict: dict[str, Any], model: nn.Module) -> None:
-    """Raises RuntimeError for tensors that are missing, no floating point numbers where they should be, or not finite.
+    """Raise RuntimeError for tensors that are missing, not of floating point, or not finite.
 
-    Shapes and, for the same number of classes, superfluous names are left to `load_state_dict`.
+    `load_state_dict` checks shapes and, for the same number of classes, unexpected names.
     """
     own = model.state_dict()
     names = (getattr(model, 'pretrained_cfg', None) or {}).get('classifier') or ()
@@ -152,7 +152,7 @@ def _check(state_dict: dict[str, Any], model: nn.Module) -> None:
         f'{key} is missing' for key in own
         if key not in state_dict
         and not key.endswith('num_batches_tracked')
-        and not key.startswith(classifier)  # timm leaves it out for other classes
+        and not key.startswith(classifier)  # timm drops it for another number of classes
     ]
     for key, tensor in state_dict.items():
         if key in own and own[key].is_floating_point() and not tensor.is_floating_point():

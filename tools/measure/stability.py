@@ -6,7 +6,7 @@
 
 A row for each model and condition: how many outputs are not finite, and the largest logit. Conditions are the data set
 as it is and at 0.1, 3 and 10 times its contrast about its mean, black, white, one colour, noise, sizes from 32 to 512
-px, and float32, bfloat16 and float16. Without --data-dir the four photos of the repository stand in for the data set.
+px, and float32, bfloat16 and float16. Without --data-dir the four photos of the package stand in for the data set.
 The exit status is 1 if an output is not finite.
 """
 import argparse
@@ -18,10 +18,10 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 from timm.data import create_dataset, create_transform, resolve_data_config
 
-from timm_gsa.commands._inputs import PHOTOS
+from timm_gsa.commands._inputs import PHOTOS, read_image
+from timm_gsa.commands.models import registered
 
 CONTRASTS = (0.1, 3., 10.)
 SIZES = (32, 48, 96, 128, 224, 512)
@@ -31,8 +31,7 @@ def load(model: nn.Module, data_dir: Path | None, split: str, count: int) -> tor
     """Images as the model takes them, (N, 3, H, W), normalised."""
     transform = create_transform(**resolve_data_config({}, model=model))
     if data_dir is None:
-        names = ('astronaut.png', 'chelsea.png', 'coffee.png', 'rocket.jpg')
-        return torch.stack([transform(Image.open(PHOTOS / name).convert('RGB')) for name in names])
+        return torch.stack([transform(read_image(path)) for path in sorted(PHOTOS.glob('*.jpg'))])
     dataset = create_dataset('', root=str(data_dir), split=split)
     step = max(1, len(dataset) // count)
     return torch.stack([transform(dataset[index][0]) for index in range(0, len(dataset), step)][:count])
@@ -74,8 +73,8 @@ def probe(model: nn.Module, images: torch.Tensor) -> Iterator[tuple[str, int, in
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    pretrained = [name for name in timm.list_models() if in_package(name)]
-    parser.add_argument('models', metavar='MODEL', nargs='*', default=pretrained)
+    pretrained = [name for name in registered() if timm.get_pretrained_cfg(name).has_weights]
+    parser.add_argument('models', metavar='MODEL', nargs='*', default=pretrained, help='those with weights if none')
     parser.add_argument('--data-dir', type=Path, metavar='DIR')
     parser.add_argument('--split', default='val', help='folder or tar in DIR')
     parser.add_argument('--count', type=int, default=10_000, help='images of the data set, spread evenly over it')
@@ -88,11 +87,6 @@ def main() -> int:
             print(f'| `{name}` | {condition} | {count} | {wrong} | {largest:.3g} |', flush=True)
             failed += wrong
     return 1 if failed else 0
-
-
-def in_package(name: str) -> bool:
-    """True if a model is of this package and has weights."""
-    return timm.model_entrypoint(name).__module__.startswith('timm_gsa.') and timm.get_pretrained_cfg(name).has_weights
 
 
 if __name__ == '__main__':
