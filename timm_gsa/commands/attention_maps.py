@@ -107,12 +107,12 @@ def _rows(
         point = classifier.locate(photo, (x, y))
         drawn = panels(classifier, photo, point, layers)
         kinds = list(dict.fromkeys(panel.kind for panel in drawn))
-        of_point_rows = [Row(point, '', [panel for panel in drawn if panel.kind == kind]) for kind in kinds]
-        of_point_rows[0].title = f'{best.name} {100 * best.probability:.0f} %, from ({x:g}, {y:g})'
+        block = [Row(point, '', [panel for panel in drawn if panel.kind == kind]) for kind in kinds]
+        block[0].title = f'{best.name} {100 * best.probability:.0f} %, from ({x:g}, {y:g})'
         rollout = rollout_panel(classifier, photo, point)
         if rollout is not None:
-            of_point_rows[0].panels.append(rollout)
-        rows += of_point_rows
+            block[0].panels.append(rollout)
+        rows += block
     rows[0].panels.append(relevance_panel(classifier, photo, best.name))
     return rows
 

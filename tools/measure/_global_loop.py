@@ -1,8 +1,8 @@
-"""Neighbourhood aggregation as the paper's own code computes it on a GPU: what the benchmark measures ours against.
+"""Neighbourhood aggregation on a GPU in the form of the paper's own kernels, for comparison in the benchmark.
 
-One thread for each number of the result, which reads all that it needs from global memory in a loop: an output loops
-over the places, a gradient of the padded value over the places that saw it, a gradient of the weight over the channels
-that share it. The padded value's gradient is folded at the borders afterwards. Contiguous float32 maps, no dilation.
+One thread computes one element and reads its inputs from global memory in a loop: an output loops over the taps, a
+gradient of the padded value over the taps that read it, a gradient of the weight over the channels that share it. The
+gradient of the padding is then added to the border. Contiguous float32 maps, no dilation.
 """
 from typing import Any
 
@@ -23,51 +23,51 @@ def _reflected(index, size):
 @triton.jit
 def _forward(out, value, weight, count, channels, groups, height, width, K: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    known = i < count
+    valid = i < count
     x, y, plane = i % width, i // width % height, i // (width * height)
     image, group = plane // channels, plane % channels % groups
     total = tl.zeros([BLOCK], tl.float32)
-    for place in range(K * K):
-        row = _reflected(y + place // K - K // 2, height)
-        column = _reflected(x + place % K - K // 2, width)
-        v = tl.load(value + (plane * height + row) * width + column, mask=known)
-        w = tl.load(weight + (((image * groups + group) * K * K + place) * height + y) * width + x, mask=known)
+    for tap in range(K * K):
+        row = _reflected(y + tap // K - K // 2, height)
+        column = _reflected(x + tap % K - K // 2, width)
+        v = tl.load(value + (plane * height + row) * width + column, mask=valid)
+        w = tl.load(weight + (((image * groups + group) * K * K + tap) * height + y) * width + x, mask=valid)
         total += v * w
-    tl.store(out + i, total, mask=known)
+    tl.store(out + i, total, mask=valid)
 
 
 @triton.jit
 def _value_grad(out, grad, weight, count, channels, groups, height, width, K: tl.constexpr, BLOCK: tl.constexpr):
-    """Of the padded value."""
+    """Gradient of the padded value."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    known = i < count
+    valid = i < count
     wide, high = width + K // 2 * 2, height + K // 2 * 2
     x, y, plane = i % wide, i // wide % high, i // (wide * high)
     image, group = plane // channels, plane % channels % groups
     total = tl.zeros([BLOCK], tl.float32)
-    for place in range(K * K):
-        row, column = y - place // K, x - place % K
-        saw = known & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-        g = tl.load(grad + (plane * height + row) * width + column, mask=saw, other=0.)
-        at = (((image * groups + group) * K * K + place) * height + row) * width + column
-        total += g * tl.load(weight + at, mask=saw, other=0.)
-    tl.store(out + i, total, mask=known)
+    for tap in range(K * K):
+        row, column = y - tap // K, x - tap % K
+        inside = valid & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        g = tl.load(grad + (plane * height + row) * width + column, mask=inside, other=0.)
+        at = (((image * groups + group) * K * K + tap) * height + row) * width + column
+        total += g * tl.load(weight + at, mask=inside, other=0.)
+    tl.store(out + i, total, mask=valid)
 
 
 @triton.jit
 def _weight_grad(out, grad, value, count, channels, groups, height, width, K: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    known = i < count
-    x, y, place = i % width, i // width % height, i // (width * height) % (K * K)
+    valid = i < count
+    x, y, tap = i % width, i // width % height, i // (width * height) % (K * K)
     group, image = i // (width * height * K * K) % groups, i // (width * height * K * K) // groups
-    row = _reflected(y + place // K - K // 2, height)
-    column = _reflected(x + place % K - K // 2, width)
+    row = _reflected(y + tap // K - K // 2, height)
+    column = _reflected(x + tap % K - K // 2, width)
     total = tl.zeros([BLOCK], tl.float32)
     for channel in range(channels // groups):
         plane = (image * channels + channel * groups + group) * height
-        g = tl.load(grad + (plane + y) * width + x, mask=known)
-        total += g * tl.load(value + (plane + row) * width + column, mask=known)
-    tl.store(out + i, total, mask=known)
+        g = tl.load(grad + (plane + y) * width + x, mask=valid)
+        total += g * tl.load(value + (plane + row) * width + column, mask=valid)
+    tl.store(out + i, total, mask=valid)
 
 
 def _launched(

@@ -1,4 +1,4 @@
-"""Output folders of timm's train.py: what was trained there, and how."""
+"""Reads output folders of timm's train.py."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from torch import nn
 
 
 def network_of(name: str) -> str:
-    """What runs called NAME-seed0, NAME-seed1 and so on have in common: NAME; other names as they are."""
+    """Common name of runs: NAME for NAME-seed0, NAME-seed1 and so on; other names are unchanged."""
     return name.partition('-seed')[0]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run of train.py, by what it wrote into its output folder.
+    """A run of train.py, read from its output folder.
 
     Attributes:
         folder: The folder.

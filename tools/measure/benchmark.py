@@ -1,4 +1,4 @@
-"""Time operations and models of this package against plain formulations of the papers and against timm's models.
+"""Time operations and models of this package, their textbook forms and timm's models.
 
     python tools/measure/benchmark.py operations
     python tools/measure/benchmark.py inference --compile --json inference.json --plot inference.png
@@ -6,15 +6,13 @@
     python tools/measure/benchmark.py scaling --img-sizes 128 224 448
     python tools/measure/benchmark.py layers
 
-All that stands in one group of the table runs in turn, round after round, in this one process, so that what else the
-machine does hits all alike; compare ratios, not times, unless the device is a GPU that nothing else uses. Weights are
-random, as speed does not depend on them.
+The rows of a group run in turn, round after round, in one process, so that other load affects all of them. Compare
+ratios, not times, unless nothing else uses the GPU. Weights are random, because speed does not depend on them.
 
-On a CUDA device the aggregation also stands beside the formulation of the paper's own kernels (_global_loop.py),
-and SAN models beside themselves with it; and what our kernels take is related to the least bytes that must be moved, at
-the speed that a copy is measured to have. `profile` shows which kernels a training step spends its time in. `layers`
-sets the attention layers of gsa_resnet50 beside the 3 x 3 convolutions they stand for, and on a CPU beside their matrix
-products alone, which is what is left if all else took no time.
+On a CUDA device the aggregation is also compared with the form of the paper's own kernels (_global_loop.py), and so are
+SAN models. There the time of our kernels is also given relative to a copy of the bytes that have to be moved. `profile`
+lists the kernels of a training step by time. `layers` compares the attention layers of gsa_resnet50 with the 3 x 3
+convolutions that they replace and, on a CPU, with their matrix products alone, a lower bound of their time.
 """
 from __future__ import annotations
 
@@ -69,12 +67,12 @@ class Row:
     """One line of the table.
 
     Attributes:
-        group: What is compared; the first row of a group is what the others are related to.
-        name: What ran.
+        group: Name of the comparison; the first row of a group is the base of `ratio`.
+        name: Name of the form or model.
         seconds: Time of each round.
-        peak: Bytes allocated at most beyond what was there before.
-        ratio: Median time of the group's first row over this one's: above 1 is faster.
-        bound: Time of its kernels on a GPU over that in which a copy moves the least bytes, where these are known.
+        peak: Most bytes allocated beyond those before the call.
+        ratio: Median time of the group's first row over that of this row; above 1 is faster.
+        bound: Time of the kernels on a GPU over the time of a copy of the bytes that have to be moved, if known.
     """
 
     group: str
@@ -90,7 +88,7 @@ class Row:
 
     @property
     def spread(self) -> float:
-        """Half the distance of the quartiles, as a share of the median."""
+        """Half the interquartile range over the median."""
         if len(self.seconds) < 2:
             return 0.
         low, _, high = statistics.quantiles(self.seconds, n=4)
@@ -99,7 +97,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Setting:
-    """On what and how everything runs."""
+    """Device, dtype, layout and mode of a run."""
 
     device: torch.device
     dtype: torch.dtype
@@ -115,7 +113,7 @@ class Setting:
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
 
     def model(self, name: str, size: int) -> Any:
-        """A model for images of this size, which those that are tied to one are built for."""
+        """A model, built for images of this size if it takes `img_size`."""
         torch.manual_seed(0)
         sized = ('botnet', 'lambda', *(family.prefix for family in FAMILIES if family.sized))
         tied = {'img_size': size} if name.startswith(sized) else {}
@@ -125,18 +123,18 @@ class Setting:
         return model.to(memory_format=torch.channels_last) if self.channels_last else model
 
     def code(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        # Each size by itself, which torch would otherwise make one code of once it has seen the second.
+        # dynamic=False: torch would compile one graph for all sizes after it has seen the second.
         return torch.compile(function, dynamic=False) if self.compiled else function
 
 
 def takes(name: str, size: int) -> bool:
-    """Whether a model takes images of this size: halo attention's blocks of 8 must fit maps of stride 32."""
+    """True if a model takes images of this size: halonet needs maps of stride 32 divisible by 8."""
     return not name.startswith('halonet') or size % 256 == 0
 
 
 @dataclass(frozen=True)
 class Moving:
-    """A call, and how many bytes of memory it cannot but move."""
+    """A call and the bytes that it has to move at least."""
 
     run: Callable[[], Any]
     least: int
@@ -146,7 +144,7 @@ class Moving:
 
 
 def least_bytes(batch: int, channels: int, side: int, kernel_size: int, itemsize: int) -> dict[str, int]:
-    """What an aggregation in which 8 channels share a weight must move, each of its inputs and outputs once."""
+    """Bytes of all inputs and outputs of an aggregation in which 8 channels share a weight."""
     value, weight = channels, channels // 8 * kernel_size ** 2
     forward, backward = 2 * value + weight, 3 * value + 2 * weight
     pixel = batch * side ** 2 * itemsize
@@ -155,14 +153,14 @@ def least_bytes(batch: int, channels: int, side: int, kernel_size: int, itemsize
 
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
-    """Within it, our layers compute as the papers are usually written down: unfold, one-hot products, dense maps."""
+    """Context in which our layers use the textbook forms: unfold, one-hot products, dense maps."""
     with timm_gsa.use_backend('reference'):
         yield
 
 
 @contextlib.contextmanager
 def replaced(*functions: tuple[Any, str, Any]) -> Iterator[None]:
-    """Within it, modules or types have other functions under these names."""
+    """Context in which attributes of modules or types are replaced."""
     before = [getattr(module, name) for module, name, _ in functions]
     for module, name, function in functions:
         setattr(module, name, function)
@@ -174,7 +172,7 @@ def replaced(*functions: tuple[Any, str, Any]) -> Iterator[None]:
 
 
 def plainly(run: Callable[[], Any]) -> Callable[[], Any]:
-    """The same call with plain formulations, never compiled."""
+    """The same call with textbook forms, never compiled."""
     def inside() -> Any:
         with plain():
             return run()
@@ -182,14 +180,14 @@ def plainly(run: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def global_loop() -> Any:
-    """The formulation of the paper's own kernels, which needs Triton."""
+    """Aggregation in the form of the paper's own kernels; needs Triton."""
     import _global_loop
 
     return _global_loop.aggregation
 
 
 def with_global_loop(run: Callable[[], Any]) -> Callable[[], Any]:
-    """The same call with aggregations by it."""
+    """The same call with aggregations by `global_loop`."""
     def inside() -> Any:
         with replaced((san_attention, 'aggregation', global_loop())):
             return run()
@@ -201,7 +199,7 @@ def has_global_loop(device: torch.device) -> bool:
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
-    """Most bytes that were allocated at once during a call, beyond those before it."""
+    """Peak of allocated bytes during a call, beyond those before it."""
     gc.collect()
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
@@ -233,7 +231,7 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def kernels_seconds(run: Callable[[], Any]) -> float:
-    """What the kernels of one call take on a GPU, without what lies between them."""
+    """Time of the kernels of one call on a GPU, without gaps between them."""
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
@@ -243,7 +241,7 @@ def kernels_seconds(run: Callable[[], Any]) -> float:
 
 @functools.cache
 def bandwidth(device: torch.device) -> float:
-    """Bytes a second that a copy on a GPU reads and writes."""
+    """Bytes per second that a copy on a GPU reads and writes."""
     source = torch.empty(2 ** 30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
@@ -259,7 +257,7 @@ def measure(
 ) -> list[Row]:
     """Rows of a group: peak memory once, then the time of each in turn, round after round.
 
-    What the memory of a GPU does not hold is left out, and what would start after the deadline.
+    Rows that run out of GPU memory or would start after the deadline are left out.
     """
     rows: dict[str, Row] = {}
     for name, run in runs.items():
@@ -700,7 +698,7 @@ def draw_growth(rows: Sequence[Row], path: Path) -> None:
             axes.set_yscale('log')
             axes.set_xlabel(label)
             axes.set_ylabel(what)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc='outside right', fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc='outside right upper', fontsize=8)
     with written_whole(path) as temporary:
         figure.savefig(temporary, format='png', dpi=110)
 

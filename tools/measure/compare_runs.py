@@ -2,11 +2,10 @@
 
     python tools/measure/compare_runs.py output/comparison/* --plot curves.png --json figures.json
 
-Runs of the same model with the same arguments are one row, whatever their seeds; it is called NAME where their folders
-are NAME-seed0, NAME-seed1 and so on. What is compared is the last epoch: the best one, picked by the images that
-accuracy is measured on, would flatter those that vary most. Settings in which the runs differ otherwise are said below.
-Images per second are those of training, where what train.py printed lies as train.log in a run's folder, which
-tools/measure/run_comparison.py sees to.
+Runs of the same model with the same arguments and different seeds form one row. Its name is NAME if their folders are
+NAME-seed0, NAME-seed1 and so on. The last epoch is compared, because the best epoch would be chosen on the test images.
+Notes below the table list other settings in which the runs differ. Images per second of training are read from
+train.log in a run's folder, which tools/measure/run_comparison.py writes.
 """
 from __future__ import annotations
 
@@ -25,8 +24,9 @@ from _runs import Run, network_of
 import timm_gsa  # noqa: F401  registers the models where autoload is switched off
 from timm_gsa.commands._cost import parameters_and_multiply_adds
 from timm_gsa.commands._files import written_whole
+from timm_gsa.commands.models import amount
 
-# Arguments of train.py that say where and how something ran, not what was trained.
+# Arguments of train.py that do not change what is trained.
 PLACE = {
     'data', 'data_dir', 'output', 'experiment', 'resume', 'seed', 'model', 'model_kwargs', 'device', 'device_modules',
     'workers', 'pin_mem', 'use_multi_epochs_loader', 'validation_batch_size', 'val_interval', 'log_interval',
@@ -36,15 +36,15 @@ PLACE = {
 
 @dataclass
 class Group:
-    """Runs that differ in their seeds at most.
+    """Runs that differ only in their seeds.
 
     Attributes:
-        name: Of the row.
+        name: Name of the row.
         runs: The runs.
         curves: Accuracy in percent after each epoch, for each run.
-        parameters: Of the network.
+        parameters: Parameters of the network.
         multiply_adds: For one image.
-        rates: Training images a second, for runs where they are known.
+        rates: Training images per second, of runs with a log.
     """
 
     name: str
@@ -70,12 +70,12 @@ class Group:
 
     @property
     def deviation(self) -> float | None:
-        """Standard deviation of a run, estimated from this sample; of one run there is none."""
+        """Sample standard deviation of a run; None for a single run."""
         return statistics.stdev(self.last) if len(self.last) > 1 else None
 
 
 def curve_of(run: Run, column: str = 'eval_top1') -> dict[int, float]:
-    """What a run's summary.csv says of each epoch; of an epoch that was done twice, the second time.
+    """A column of a run's summary.csv by epoch; the later value if an epoch was repeated.
 
     Raises:
         ValueError: There is no summary.csv, or it holds no epoch or no such column.
@@ -97,7 +97,7 @@ def curve_of(run: Run, column: str = 'eval_top1') -> dict[int, float]:
 
 
 def rate_of(run: Run) -> float | None:
-    """Images a second in training: median over the steps that were printed, as a few wait for a compiler or others."""
+    """Images per second in training: median over the printed steps, because some include compilation."""
     path = run.folder / 'train.log'
     if not path.is_file():
         return None
@@ -108,7 +108,7 @@ def rate_of(run: Run) -> float | None:
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
-    """Runs of one network together, in the order of the first of each.
+    """Group runs by network, in the order of the first run of each.
 
     Raises:
         ValueError: A run has no finished epoch, or two have one seed.
@@ -151,7 +151,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """Settings beside network, seed and place in which runs differ, with their values."""
+    """Settings in which runs differ, apart from network, seed and `PLACE`, with their values."""
     found = {}
     for key in sorted(set().union(*(run.args for run in runs)) - PLACE):
         values: list[Any] = []
@@ -164,7 +164,7 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
 
 def table(groups: Sequence[Group]) -> str:
-    """One row for each network, as Markdown, with what has to be said about the runs below."""
+    """Markdown table with one row for each network, and notes below."""
     lines = [
         '| network | parameters | multiply-adds | top-1 after the last epoch | lowest to highest | runs | epochs '
         '| images/s in training |',
@@ -184,11 +184,6 @@ def table(groups: Sequence[Group]) -> str:
     for key, values in differences([run for group in groups for run in group.runs]).items():
         notes.append(f'The runs differ in `{key}`: {", ".join(map(str, values))}.')
     return '\n'.join(lines) + '\n\n' + '\n'.join(notes)
-
-
-def amount(multiply_adds: int) -> str:
-    """Multiply-adds with a unit."""
-    return f'{multiply_adds / 1e9:.2f} G' if multiply_adds >= 1e9 else f'{multiply_adds / 1e6:.1f} M'
 
 
 def draw(groups: Sequence[Group], path: Path) -> None:

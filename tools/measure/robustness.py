@@ -1,17 +1,16 @@
-r"""Accuracy of models on turned and on attacked images, as the SAN paper probed its networks.
+r"""Accuracy of models on rotated, flipped and adversarial images, as the SAN paper tests its networks.
 
     python tools/measure/robustness.py --data-dir DIR --split test.tar --num-samples 500
     python tools/measure/robustness.py --data-dir DIR --split test.tar \
         --checkpoint output/train/*/last.pth.tar --plot FILE
 
-Checkpoints are those of timm's train.py, whose args.yaml says what lies beside it; models come with pretrained weights.
-Runs in folders NAME-seed0, NAME-seed1 and so on are one row, the mean of them.
-Images are brought to the size of each network first, then turned by multiples of 90 degrees, turned upside down or
-attacked. The attack is projected gradient descent on the pixels, towards a random other class for each image or, with
---untargeted, away from the right one.
+Checkpoints are those of timm's train.py, with args.yaml in the same folder; --model takes pretrained weights. Runs in
+folders NAME-seed0, NAME-seed1 and so on form one row with their mean. Images are resized to the input of each network,
+then rotated by multiples of 90 degrees, flipped upside down or attacked. The attack is projected gradient descent (PGD)
+on the pixels, towards a random other class for each image or, with --untargeted, away from the right class.
 
-That the paper's attack was targeted and white-box is confirmed by public texts about it; its size and number of steps
-were in none that we could read, so that the defaults here are ours.
+Public texts about the paper confirm that its attack is targeted and white-box. We could not read its size and number of
+steps, so the defaults are ours.
 """
 from __future__ import annotations
 
@@ -48,7 +47,7 @@ TURNS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class OnPixels(nn.Module):
-    """A model whose input are pixels from 0 to 1: it normalises them itself."""
+    """A model that takes pixels from 0 to 1 and normalises them."""
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -65,12 +64,12 @@ class OnPixels(nn.Module):
 
 @dataclass(frozen=True)
 class Attack:
-    """Projected gradient descent in the ball of the largest difference of a pixel.
+    """Projected gradient descent in a ball of the maximum norm.
 
     Attributes:
         epsilon: Radius of the ball, in units of 1/255.
         step_size: Length of a step, in the same units.
-        targeted: Towards a given class, else away from one.
+        targeted: True: towards a given class; False: away from it.
     """
 
     epsilon: float = 8.
@@ -78,7 +77,7 @@ class Attack:
     targeted: bool = True
 
     def start(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """A random image of the ball around each image (the generator is one of the CPU)."""
+        """Random image in the ball around each image; the generator is on the CPU."""
         noise = torch.rand(images.shape, generator=generator).to(images.device) * 2 - 1
         return (images + noise * self.epsilon / 255).clamp(0, 1)
 
@@ -99,7 +98,7 @@ class Attack:
         """
         attacked = attacked.detach().requires_grad_()
         with torch.enable_grad():
-            loss = F.cross_entropy(model(attacked), classes, reduction='sum')  # no image's gradient depends on others
+            loss = F.cross_entropy(model(attacked), classes, reduction='sum')  # gradients independent of the batch
         gradient, = torch.autograd.grad(loss, attacked)
         step = gradient.sign() * self.step_size / 255
         moved = attacked.detach() - step if self.targeted else attacked.detach() + step
@@ -108,7 +107,7 @@ class Attack:
 
 
 def other_classes(labels: torch.Tensor, num_classes: int, generator: torch.Generator) -> torch.Tensor:
-    """For each label one of the other classes, drawn uniformly."""
+    """Another class for each label, drawn uniformly."""
     shift = torch.randint(1, num_classes, labels.shape, generator=generator)
     return (labels.cpu() + shift).to(labels.device) % num_classes
 
@@ -122,19 +121,19 @@ def probe(
         seed: int = 0,
         device: torch.device | str = 'cpu',
 ) -> dict[str, float]:
-    """Top-1 accuracy in percent under every turn and after each number of steps of the attack.
+    """Top-1 accuracy in percent under every rotation and after each number of steps of the attack.
 
     Args:
         model: Network on pixels from 0 to 1, in evaluation mode.
         batches: Images (B, C, H, W), pixels from 0 to 1, and labels; anything that can be iterated over.
         attack: The attack.
         steps: Numbers of steps after which accuracy is counted.
-        num_classes: Classes that a target is drawn from.
-        seed: Of targets and starting points.
-        device: Where the model is.
+        num_classes: Number of classes, from which targets are drawn.
+        seed: Seed of targets and starting points.
+        device: Device of the model.
 
     Returns:
-        Accuracy by condition, for a targeted attack also the share of images that were taken for their target.
+        Accuracy by condition; for a targeted attack also the share of images classified as their target.
 
     Raises:
         ValueError: An image is of a class that the model does not have.
@@ -167,7 +166,7 @@ def probe(
 
 
 def load_batches(args: argparse.Namespace, config: dict[str, Any]) -> Any:
-    """Images of a data set at a network's input size, without normalisation, evenly picked from the whole of it."""
+    """Batches of a data set at a network's input size, not normalised, sampled evenly over the data set."""
     dataset = create_dataset('', root=args.data_dir, split=args.split, transform=create_transform(
         config['input_size'],
         interpolation=config['interpolation'],
@@ -178,7 +177,7 @@ def load_batches(args: argparse.Namespace, config: dict[str, Any]) -> Any:
     if len(dataset) == 0:
         raise ValueError(f'--split {args.split} of {args.data_dir} holds no images')
     count = min(args.num_samples or len(dataset), len(dataset))
-    # Sorted by class: the first images would be of the first classes only.
+    # Data sets are sorted by class, so that the first images would miss most classes.
     picked = Subset(dataset, [index * len(dataset) // count for index in range(count)])
 
     def collate(samples: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,7 +188,7 @@ def load_batches(args: argparse.Namespace, config: dict[str, Any]) -> Any:
 
 
 def models(args: argparse.Namespace) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """Name, network and data config of all that the command line names, one after the other."""
+    """Name, network and data config of every model and checkpoint of the command line."""
     for name in args.model:
         model = timm.create_model(name, pretrained=True)
         yield name, model, resolve_model_data_config(model)

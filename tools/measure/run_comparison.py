@@ -1,13 +1,13 @@
-r"""Train every network of a comparison with every seed, by timm's train.py, in as many sittings as it takes.
+r"""Train every network of a comparison with every seed, by timm's train.py; resumable.
 
     python tools/measure/run_comparison.py hub_configs/recipes/comparisons/c100.yaml --output DIR --minutes 8 \
         --train pytorch-image-models/train.py -- --data-dir DATA
 
-The same command goes on where the last one stopped: a run that was cut off resumes after its last whole epoch, finished
-ones are left alone. The first seed of all networks comes before the second. What follows -- is given to every run. Each
-has the folder DIR/NAME-seedN, with what train.py printed as train.log; compare_runs.py makes a table of them.
+The same command continues where the last one stopped: an interrupted run resumes after its last complete epoch, and
+finished runs are skipped. The first seed of all networks comes before the second. Arguments after -- are passed to
+every run. A run's folder is DIR/NAME-seedN, with the output of train.py in train.log, for compare_runs.py.
 
-Exit status: 0 when all runs are finished, 1 when one failed, 2 for a wrong command line, 3 when the time was up.
+Exit status: 0 if all runs are finished, 1 if one failed, 2 for a wrong command line, 3 if the time was over.
 """
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from typing import Any, NoReturn
 import yaml
 
 ROOT = Path(__file__).parents[2]
-FINISHED = 'finished'  # file in the folder of a run that came to its end
-PATIENCE = 10  # seconds that a run has to end when it is told to
+FINISHED = 'finished'  # file in the folder of a finished run
+PATIENCE = 10  # seconds between SIGTERM and SIGKILL
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be compared.
+    """The runs of a comparison.
 
     Attributes:
         seeds: Seeds of every network.
@@ -48,8 +48,8 @@ class Plan:
         """Read a plan.
 
         Raises:
-            ValueError: It is none.
-            OSError: It is unreadable.
+            ValueError: The file is no plan.
+            OSError: The file is unreadable.
         """
         try:
             given = yaml.safe_load(path.read_text(encoding='utf-8'))
@@ -77,12 +77,12 @@ def train(script: Path, folder: Path, arguments: Sequence[str], seconds: float) 
 
     Args:
         script: timm's train.py.
-        folder: Its output folder, `last.pth.tar` in which it resumes from.
+        folder: Its output folder; the run resumes from `last.pth.tar` there.
         arguments: Arguments of train.py.
         seconds: Time after which it is stopped.
 
     Returns:
-        Its exit status; None where it was stopped.
+        Its exit status; None if it was stopped.
     """
     folder.mkdir(parents=True, exist_ok=True)
     last = folder / 'last.pth.tar'
@@ -108,7 +108,7 @@ def train(script: Path, folder: Path, arguments: Sequence[str], seconds: float) 
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Stop a run with all its processes, by force where it takes too long; nothing where it has ended by itself."""
+    """Stop a run with all its processes, unless it has ended: SIGTERM, then SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is not None:
             return
@@ -124,7 +124,7 @@ def _stop(number: int, frame: Any) -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what is left of a comparison; returns the exit status."""
+    """Run the unfinished part of a comparison; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     own, common = arguments, []
     if '--' in arguments:
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         usage='%(prog)s [options] PLAN --output DIR [-- ARGS ...]',
         description=(__doc__ or '').partition('\n')[0],
-        epilog='What follows -- is given to train.py in every run.',
+        epilog='Arguments after -- are passed to train.py in every run.',
     )
     parser.add_argument('plan', metavar='PLAN', type=Path, help='a file of hub_configs/recipes/comparisons')
     parser.add_argument('--output', metavar='DIR', type=Path, required=True, help='folder of all runs')
