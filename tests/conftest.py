@@ -1,4 +1,4 @@
-"""What the tests of whole models share: which models they run on, and how to build one in which every part matters."""
+"""Shared by the tests of whole models: lists of models, and `create`, which builds one with trained-like norms."""
 import functools
 import gc
 import os
@@ -12,18 +12,18 @@ from typing import Any
 
 import pytest
 
-# timm's own ResNet, cut down to the size of the tiny models: a test that it does not pass asks too much of ours.
+# timm's own ResNet at the size of the tiny models. A test that it does not pass is wrong.
 CONTROL = 'resnet26'
 CONTROL_SHAPE = dict(layers=(1, 2, 2, 1), channels=(32, 64, 96, 128), stem_type='deep', stem_width=12)
 
-# Worker processes share the cores, also those in what the tests start; read by torch when it is imported.
+# Worker processes, and processes that tests start, share the cores. torch reads this when it is imported.
 if workers := os.environ.get('PYTEST_XDIST_WORKER_COUNT'):
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 from timm_gsa.commands.models import registered as registered_models  # noqa: E402
 from timm_gsa.models._families import FAMILIES, tiny_models  # noqa: E402
 
-# One tiny and one real model of each kind. The real ones run where there is nothing to compute: on the meta device.
+# One tiny and one real model of each kind. The real ones run on the meta device only.
 TINY = tiny_models()
 SMALLEST = tuple(name for family in FAMILIES for name in family.smallest)
 ALL = tuple(registered_models())
@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # The longest first, so that no process is left with them while the others are done.
+    # The longest first, so that no process is left with them at the end.
     items.sort(key=lambda item: item.path.name not in ('test_export.py', 'test_compile.py'))
     if not config.getoption('--slow'):
         for item in items:
@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Python looks for garbage less often, on which it spends a fifth of the time in which torch traces a model."""
+    """Collect garbage less often: it takes a fifth of the time in which torch traces a model."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
@@ -65,7 +65,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=SMALLEST)
 def real(request: pytest.FixtureRequest) -> str:
-    """Name of the smallest model of each kind that has the size of a paper's."""
+    """Name of the smallest model of the paper's size of each kind."""
     return request.param
 
 
@@ -77,7 +77,7 @@ def registered(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope='session')
 def families() -> dict[str, dict[str, Any]]:
-    """All that `name` runs through, with the arguments by which `create` makes a tiny model of each."""
+    """Values of the fixture `name`, with the arguments by which `create` makes a tiny model of each."""
     return {**{name: {} for name in TINY}, CONTROL: CONTROL_SHAPE}
 
 
@@ -89,11 +89,11 @@ def promised() -> tuple[str, ...]:
 
 @pytest.fixture(scope='session')
 def create(families: dict[str, dict[str, Any]]) -> Callable[..., Any]:
-    """`timm.create_model` with the same weights every time: as drawn, but for norms as training would leave them.
+    """`timm.create_model` with the same weights every time: random, with norms as after training.
 
-    Fresh norms are the identity at best, and zero at the end of a residual branch: they hide what stands before them.
-    Running statistics fit the weights, so that maps depend on the image down to the last. With `fresh`, models not in
-    `families` and the meta device the model is as timm makes it, from a fixed seed.
+    Fresh norms are the identity, or zero at the end of a residual branch, and would hide errors before them. Running
+    statistics fit the weights, so that the last map depends on the image. With `fresh`, on the meta device and for models
+    not in `families`, the model is as timm makes it, from a fixed seed.
     """
     import timm
     import torch
@@ -109,7 +109,7 @@ def create(families: dict[str, dict[str, Any]]) -> Callable[..., Any]:
                 if isinstance(module, torch.nn.BatchNorm2d | torch.nn.GroupNorm | torch.nn.LayerNorm):
                     module.weight.uniform_(0.5, 1.)
                     module.bias.uniform_(-0.2, 0.2)
-                    module.momentum = 1.  # of batch norm: its statistics are those of the next batch
+                    module.momentum = 1.  # batch norm takes the statistics of the next batch
             model.train()(torch.randn(8, 3, 64, 64))
         return model.state_dict()
 
@@ -132,7 +132,7 @@ def create(families: dict[str, dict[str, Any]]) -> Callable[..., Any]:
 def run_tool(
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> Callable[..., subprocess.CompletedProcess]:
-    """Runs a script to its `SystemExit` in this process, which has torch and timm at hand."""
+    """Runs a script to its `SystemExit` in this process, where torch and timm are imported already."""
     def run_tool(path: Path, *arguments: object) -> subprocess.CompletedProcess:
         line = [str(path), *map(str, arguments)]
         monkeypatch.setattr(sys, 'argv', line)

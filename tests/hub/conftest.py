@@ -1,4 +1,4 @@
-"""A running Hub with the four tiny entries, and the real client set up to talk to it."""
+"""A Hub on this machine with the tiny entries, and the real client configured for it."""
 import importlib.util
 import os
 import sys

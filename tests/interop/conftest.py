@@ -1,4 +1,4 @@
-"""What the tests with other libraries share: rows of README.md's table, and what attention has to do in training."""
+"""Shared by the tests with other libraries: rows of README.md's table, and a check that our layers train."""
 import interop_table
 import pytest
 import timm
@@ -6,27 +6,27 @@ import torch
 from huggingface_hub import constants
 from torch.nn import functional as F
 
-from timm_gsa.layers import GlobalSelfAttention, PairwiseAttention, PatchwiseAttention, PriorAttention
+from timm_gsa import layers
 
-ATTENTION = (GlobalSelfAttention, PairwiseAttention, PatchwiseAttention, PriorAttention)
+OWN = tuple(getattr(layers, name) for name in layers.__all__)
 
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
-    """Whoever asks the Hub gets an error."""
+    """Requests to the Hub are errors."""
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
 
 
 @pytest.fixture(autouse=True)
 def named(request):
-    """Sees to it that each test has its row."""
+    """Each test has a row of the table."""
     yield
     assert 'library' in dict(request.node.user_properties)
 
 
 @pytest.fixture
 def needs(record_property):
-    """Names the test's row of the README's table; gives the library, or skips the test where it is missing."""
+    """Names the test's row of the table; returns the library, or skips the test if it is missing."""
     def needs(library, did, model, module=None):
         interop_table.record(record_property, library, did, model)
         return pytest.importorskip(module or library.replace('-', '_'), reason=f'{library} is not installed')
@@ -35,46 +35,46 @@ def needs(record_property):
 
 @pytest.fixture(scope='session')
 def control(families):
-    """Name and arguments of timm's own ResNet: what fails with it, too, is no matter of ours."""
+    """Name and arguments of timm's own ResNet, for failures that are not ours."""
     return 'resnet26', families['resnet26']
 
 
 @pytest.fixture(scope='session')
-def attention_layers():
-    """{name: attention layer} of a model, whatever is wrapped around it."""
-    return lambda model: {name: module for name, module in model.named_modules() if isinstance(module, ATTENTION)}
+def own_layers():
+    """{name: layer of timm_gsa.layers} of a model or a wrapper of it."""
+    return lambda model: {name: module for name, module in model.named_modules() if isinstance(module, OWN)}
 
 
 @pytest.fixture(scope='session')
-def attention_weights(attention_layers):
-    """{name: parameter} of all attention layers of a model, but for biases: some of them cancel by the equations."""
+def own_weights(own_layers):
+    """{name: parameter} of these layers without biases, some of which cancel by the equations."""
     return lambda model: {
-        f'{layer}.{name}': parameter for layer, module in attention_layers(model).items()
+        f'{layer}.{name}': parameter for layer, module in own_layers(model).items()
         for name, parameter in module.named_parameters() if not name.endswith('bias')}
 
 
 @pytest.fixture(scope='session')
-def assert_attention_learns(attention_weights):
-    """Asserts after a backward pass that it reached all attention."""
-    def assert_attention_learns(model):
-        weights = attention_weights(model)
+def assert_own_layers_learn(own_weights):
+    """Asserts after a backward pass that all these layers have gradients."""
+    def assert_own_layers_learn(model):
+        weights = own_weights(model)
         assert weights
         for name, parameter in weights.items():
             assert parameter.grad is not None, name
             assert parameter.grad.isfinite().all() and parameter.grad.any(), name
-    return assert_attention_learns
+    return assert_own_layers_learn
 
 
 @pytest.fixture
 def batch():
-    """Images and their classes, of three."""
+    """Images and labels of three classes."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(4, 3, 64, 64, generator=generator), torch.tensor([0, 1, 2, 0])
 
 
 @pytest.fixture
 def fresh_classifier(ours):
-    """Makes the same model each time: the pretrained one, with a new classifier of three classes."""
+    """Returns the pretrained model with a new classifier of three classes, the same each time."""
     def fresh_classifier():
         torch.manual_seed(0)
         return timm.create_model(ours, pretrained=True, num_classes=3)

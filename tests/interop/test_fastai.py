@@ -25,7 +25,7 @@ def changed(before, after):
     return {name for name, parameter in after.items() if not torch.equal(parameter, before[name])}
 
 
-def test_vision_learner_trains_head_then_body(ours, needs, folder, attention_weights):
+def test_vision_learner_trains_head_then_body(ours, needs, folder, own_weights):
     needs('fastai', '`vision_learner`: an epoch on a frozen body, one on all of it', ours)
     from fastai.vision.all import ImageDataLoaders, Normalize, Resize, accuracy, vision_learner
     torch.manual_seed(0)
@@ -40,7 +40,7 @@ def test_vision_learner_trains_head_then_body(ours, needs, folder, attention_wei
     with torch.no_grad():
         torch.testing.assert_close(body.eval()(x), plain.forward_features(x))
 
-    weights = attention_weights(body)
+    weights = own_weights(body)
     frozen = {name: each for name, each in weights.items() if 'norm' not in name}  # fastai trains norms always
     start = {name: each.detach().clone() for name, each in weights.items()}
     classifier = head[-1].weight.detach().clone()

@@ -1,31 +1,34 @@
 """segmentation_models_pytorch: every family as a `tu-` encoder."""
 import re
+from itertools import cycle
 
 import pytest
 import timm
 import torch
 from torch.nn import functional as F
 
+from timm_gsa.models._families import tiny_models
+
 pytestmark = pytest.mark.interop
 
 LIBRARY = 'segmentation-models-pytorch'
 UNET = '`Unet` on a `tu-` encoder: a training step, odd image sizes, `in_channels=`, `encoder_depth=`'
-# Of each the stride that the sides of its images have to be multiples of.
+# Decoders with the stride that must divide the sides of images.
 DECODERS = {
     'UnetPlusPlus': 32, 'MAnet': 32, 'Linknet': 32, 'FPN': 32, 'UPerNet': 32, 'Segformer': 32,
     'PAN': 16, 'DeepLabV3Plus': 16, 'PSPNet': 8, 'DeepLabV3': 8,
 }
 
 
-def assert_trains(net, assert_attention_learns, channels=3, size=(64, 96)):
+def assert_trains(net, assert_own_layers_learn, channels=3, size=(64, 96)):
     images, masks = torch.randn(2, channels, *size), torch.randint(3, (2, *size))
     scores = net.train()(images)
     assert scores.shape == (2, 3, *size)
     F.cross_entropy(scores, masks).backward()
-    assert_attention_learns(net.encoder)
+    assert_own_layers_learn(net.encoder)
 
 
-def test_unet_takes_images_of_any_size(ours, needs, assert_attention_learns):
+def test_unet_takes_images_of_any_size(ours, needs, assert_own_layers_learn):
     smp = needs(LIBRARY, UNET, ours)
     net = smp.Unet(f'tu-{ours}', encoder_weights=True, classes=3).eval()
     plain = timm.create_model(ours, pretrained=True).eval()
@@ -35,10 +38,10 @@ def test_unet_takes_images_of_any_size(ours, needs, assert_attention_learns):
             maps = net.encoder(images)
             torch.testing.assert_close(maps[1:], plain.forward_intermediates(images, intermediates_only=True))
             assert net(images).shape == (1, 3, *size)
-    assert_trains(net, assert_attention_learns)
+    assert_trains(net, assert_own_layers_learn)
 
 
-def test_unet_with_other_channels_and_fewer_stages(ours, needs, assert_attention_learns):
+def test_unet_with_other_channels_and_fewer_stages(ours, needs, assert_own_layers_learn):
     smp = needs(LIBRARY, UNET, ours)
     net = smp.Unet(
         f'tu-{ours}', encoder_weights=True, classes=3, in_channels=1, encoder_depth=3,
@@ -49,12 +52,12 @@ def test_unet_with_other_channels_and_fewer_stages(ours, needs, assert_attention
         maps = net.encoder(images)
         expected = plain.forward_intermediates(images, indices=[0, 1, 2], intermediates_only=True)
     torch.testing.assert_close(maps[1:], expected)
-    assert_trains(net, assert_attention_learns, channels=1)
+    assert_trains(net, assert_own_layers_learn, channels=1)
 
 
-@pytest.mark.parametrize('decoder', DECODERS)
+@pytest.mark.parametrize('ours, decoder', list(zip(cycle(tiny_models()), DECODERS, strict=False)))
 def test_other_decoders_want_multiples_of_their_stride(
-        ours, decoder, needs, control, record_property, assert_attention_learns):
+        ours, decoder, needs, control, record_property, assert_own_layers_learn):
     smp = needs(LIBRARY, 'the ten other convolutional decoders: a training step, odd image sizes', ours)
     make = getattr(smp, decoder)
     name, shape = control
@@ -69,5 +72,5 @@ def test_other_decoders_want_multiples_of_their_stride(
     height, width = map(int, re.findall(r'pad your images to shape \((\d+), (\d+)\)', refusals[0])[0])
     with torch.no_grad():
         assert net(F.pad(images, (0, width - 145, 0, height - 129))).shape == (1, 3, height, width)
-    assert_trains(net, assert_attention_learns, size=(128, 160))
+    assert_trains(net, assert_own_layers_learn, size=(128, 160))
     record_property('result', 'works untouched; images padded to multiples of 8, 16 or 32, as for any encoder')

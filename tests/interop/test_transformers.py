@@ -36,7 +36,7 @@ def refuses(load, folder):
 
 
 def test_backbone_gives_the_models_own_maps(
-        ours, needs, control, create, tmp_path, record_property, assert_attention_learns):
+        ours, needs, control, create, tmp_path, record_property, assert_own_layers_learn):
     transformers = needs('transformers', '`TimmBackbone`: feature maps, gradients', ours)
     images = torch.randn(2, 3, 64, 96)
     expected = maps(timm.create_model(ours, pretrained=True), images, STAGES)
@@ -49,7 +49,7 @@ def test_backbone_gives_the_models_own_maps(
         torch.testing.assert_close(list(output.feature_maps), expected)
         torch.testing.assert_close(list(output.hidden_states)[1:], expected)
     sum(each.square().mean() for each in backbone.train()(images).feature_maps).backward()
-    assert_attention_learns(backbone)
+    assert_own_layers_learn(backbone)
 
     plain = transformers.TimmBackbone.from_pretrained(ours, out_indices=STAGES).eval()
     if not running_means(plain).any():  # transformers draws buffers anew after timm has loaded them
@@ -66,7 +66,7 @@ def test_backbone_gives_the_models_own_maps(
             torch.testing.assert_close(list(plain(images).feature_maps), expected)
 
 
-def test_folder_as_published(ours, needs, tmp_path, assert_attention_learns):
+def test_folder_as_published(ours, needs, tmp_path, assert_own_layers_learn):
     transformers = needs(
         'transformers', "`AutoModel`, `AutoModelForImageClassification`, `pipeline`: an entry's folder", ours)
     folder = tmp_path / f'{ours}.c100'
@@ -91,7 +91,7 @@ def test_folder_as_published(ours, needs, tmp_path, assert_attention_learns):
     tuned = transformers.AutoModelForImageClassification.from_pretrained(
         folder, num_labels=3, ignore_mismatched_sizes=True).train()
     tuned(torch.randn(4, 3, 64, 64), labels=torch.tensor([0, 1, 2, 0])).loss.backward()
-    assert_attention_learns(tuned)
+    assert_own_layers_learn(tuned)
 
 
 def test_folder_of_save_for_hf(ours, needs, control, create, tmp_path, record_property):

@@ -197,7 +197,7 @@ def test_costs_in_the_readme_follow_from_multiply_adds():
 # Comparisons
 
 
-@pytest.mark.parametrize('path', (FOLDER / 'comparisons').glob('c100*.yaml'), ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', list((FOLDER / 'comparisons').glob('c100*.yaml')), ids=lambda path: path.stem)
 def test_runs_of_a_comparison_differ_in_the_network_alone(path):
     plan = Plan.of(path)
     assert len(plan.seeds) == 3

@@ -1,8 +1,8 @@
-"""What a repository on the Hub holds for one entry of the zoo, made from the registry and the recorded results.
+"""Content of a repository on the Hub, made from the registry and the recorded results.
 
-An entry is an architecture with trained weights, named arch.tag. Its folder hub_configs/<entry>/ holds all that its
-repository shows but the weights: config.json and README.md (the model card), test/rand_tensors.safetensors (a fixed
-input with what the model makes of it, as timm's own repositories have it), and entry.yaml, which stays here.
+An entry is an architecture with trained weights, named arch.tag. Its folder hub_configs/<entry>/ holds its repository
+without the weights: config.json, README.md (the model card) and test/rand_tensors.safetensors (a fixed input with the
+model's outputs, as in timm's own repositories); and entry.yaml, which is not published.
 """
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class EntryError(Exception):
 
 
 class Entry:
-    """One entry: where its parts lie, what they should hold, and whether they do.
+    """One entry: its files, their content, and checks of them.
 
     Args:
         name: arch.tag.
@@ -62,7 +62,7 @@ class Entry:
 
     @property
     def weights(self) -> Path:
-        """The weights: in the wheel, or beside the entry's other files where they are too large for it."""
+        """File of the weights: in the package, or in the entry's folder if it is too large for the wheel."""
         packaged = PACKAGED / f'{self.name}.safetensors'
         return packaged if packaged.is_file() else self.folder / WEIGHTS_NAME
 
@@ -73,7 +73,7 @@ class Entry:
         return timm.create_model(self.name, pretrained=True, pretrained_cfg_overlay=overlay).eval()
 
     def files(self) -> dict[str, bytes]:
-        """All files of the repository but the weights, made anew, by name."""
+        """Content of all files of the repository except the weights, by name."""
         return {
             'config.json': self._config(),
             'README.md': self._card(ORGANIZATION).encode(),
@@ -81,7 +81,7 @@ class Entry:
         }
 
     def yaml(self, files: dict[str, bytes]) -> str:
-        """entry.yaml: what is pinned and what was measured."""
+        """Text of entry.yaml: digests, pinned commit and results."""
         cfg = timm.get_pretrained_cfg(self.name)
         return yaml.safe_dump(dict(
             repo_id=f'{ORGANIZATION}/{self.name}',
@@ -101,7 +101,7 @@ class Entry:
         ), sort_keys=False)
 
     def problems(self) -> Iterator[str]:
-        """Everything in which the entry's folder and weights differ from what they should be."""
+        """Differences of the entry's folder and weights from the registry and the record."""
         if not self.weights.is_file():
             yield f'{self.weights.name} is missing'
             return
@@ -133,13 +133,13 @@ class Entry:
                 yield f'{path.relative_to(self.folder)} belongs to no entry'
 
     def write(self) -> None:
-        """Write the entry's folder anew, each file under a temporary name first."""
+        """Write all files of the entry's folder."""
         files = self.files()
         for name, data in {**files, 'entry.yaml': self.yaml(files).encode()}.items():
             write(self.folder / name, data)
 
     def repository(self, organization: str = ORGANIZATION) -> dict[str, Path | bytes]:
-        """The whole repository by name, weights included: the files as they lie here, but for the card's organization.
+        """All files of the repository by name, weights included, with the card for `organization`.
 
         Raises:
             EntryError: The entry's folder or weights are not what they should be.
@@ -237,7 +237,7 @@ def all_entries() -> list[str]:
 
 
 def fixed_input(model: Any) -> torch.Tensor:
-    """Two random images of the model's input size, the same on every machine."""
+    """Two random images of the model's input size, equal on every machine."""
     return torch.randn((2, *model.pretrained_cfg['input_size']), generator=torch.Generator().manual_seed(SEED))
 
 
@@ -254,12 +254,12 @@ def outputs(model: Any, images: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether two tensors agree within the tolerance of timm's test vectors, which covers other machines."""
+    """True if two tensors agree within the tolerance of timm's test vectors."""
     return actual.shape == expected.shape and torch.allclose(actual, expected, rtol=1e-3, atol=1e-3)
 
 
 def differences(held: dict[str, torch.Tensor], made: dict[str, torch.Tensor]) -> Iterator[str]:
-    """What test vectors hold that the model does not make, or the other way round."""
+    """Differences between stored test vectors and the model's outputs."""
     for name in sorted({*held, *made}):
         if name not in held or name not in made:
             yield f'{TENSORS}: {name} is {"missing" if name in made else "unknown"}'
@@ -268,7 +268,7 @@ def differences(held: dict[str, torch.Tensor], made: dict[str, torch.Tensor]) ->
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write a file, and the folder it belongs into where that is missing."""
+    """Write a file and create its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as temporary:
         temporary.write_bytes(data)
@@ -284,7 +284,7 @@ CARD = """---
 ---
 # Model card for {name}
 
-A `{arch}` trained on {dataset}, one of the models of timm-gsa: attention inside ResNets, as timm models.
+A `{arch}` trained on {dataset}, from timm-gsa: attention networks and rivals as timm models.
 
 ## Model Details
 

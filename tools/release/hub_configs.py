@@ -1,7 +1,7 @@
 """Make, check, pin or export the entries in hub_configs/ from the registry and the recorded results.
 
-    python tools/release/hub_configs.py check              # exit 1 where a folder is not what the registry gives
-    python tools/release/hub_configs.py build              # write the folders anew
+    python tools/release/hub_configs.py check              # exit 1 if a folder differs from the registry
+    python tools/release/hub_configs.py build              # write the folders
     python tools/release/hub_configs.py pin ENTRY COMMIT   # record the commit that publish.py printed
     python tools/release/hub_configs.py export DIR         # write whole repositories, weights included, for local-dir:
 """

@@ -1,11 +1,11 @@
-"""Put entries of the zoo on the Hugging Face Hub: model.safetensors, config, card and test vectors in one commit each.
+"""Publish entries on the Hugging Face Hub: model.safetensors, config, card and test vectors in one commit each.
 
-    python tools/release/publish.py --dry-run                     # check every entry and say what would be done
+    python tools/release/publish.py --dry-run                     # check every entry, list what would be done
     python tools/release/publish.py gsa_resnet_tiny.c100          # needs a token: `hf auth login` or HF_TOKEN
     python tools/release/hub_configs.py pin ENTRY COMMIT          # afterwards, with the commit that was printed
 
-An entry that is on the Hub as it is here gives no commit, so that a run which failed is simply repeated. A repository
-that holds another architecture is left alone. Exit status 1 where an entry could not be published.
+An entry that is already on the Hub gives no commit, so that a failed run can be repeated. A repository with another
+architecture is not changed. Exit status 1 if an entry could not be published.
 """
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WEIGHTS_SUFFIXES = ('.safetensors', '.bin', '.pt', '.pth', '.ckpt', '.h5', '.msg
 
 
 def local_files(entry: Entry, organization: str) -> dict[str, Path | bytes]:
-    """What the repository is to hold, checked.
+    """Checked files for the repository.
 
     Raises:
         EntryError: The entry's folder, weights or card are not what they should be.
@@ -40,7 +40,7 @@ def local_files(entry: Entry, organization: str) -> dict[str, Path | bytes]:
 
 
 def differing(api: HfApi, repo_id: str, revision: str, files: dict[str, Path | bytes]) -> Iterator[str]:
-    """Names of the files that the repository lacks or holds with other content."""
+    """Names of files that are missing in the repository or differ there."""
     remote: dict[str, Any] = {info.path: info for info in api.get_paths_info(repo_id, list(files), revision=revision)}
     for name, source in files.items():
         data = content(source)
@@ -55,7 +55,7 @@ def differing(api: HfApi, repo_id: str, revision: str, files: dict[str, Path | b
 
 
 def refuse_other_content(api: HfApi, repo_id: str, revision: str, arch: str) -> None:
-    """Raises EntryError where a repository holds something else than weights of `arch`."""
+    """Raise EntryError if a repository holds anything but weights of `arch`."""
     names = api.list_repo_files(repo_id, revision=revision)
     if 'config.json' in names:
         path = hf_hub_download(repo_id, 'config.json', revision=revision, endpoint=api.endpoint, token=api.token)
@@ -70,7 +70,7 @@ def refuse_other_content(api: HfApi, repo_id: str, revision: str, arch: str) -> 
 
 
 def head(api: HfApi, repo_id: str) -> str | None:
-    """Commit that the repository's main branch is at, None where there is no repository."""
+    """Commit of the repository's main branch; None if there is no repository."""
     try:
         return api.model_info(repo_id).sha
     except RepositoryNotFoundError:
@@ -81,11 +81,11 @@ def publish(api: HfApi, entry: Entry, organization: str, private: bool, dry_run:
     """Publish one entry.
 
     Returns:
-        A sentence on what was done, ending in the commit the repository is at.
+        What was done and the commit of the repository.
 
     Raises:
         EntryError: The entry is not fit to be published, or its repository holds something else.
-        Exception: Whatever huggingface_hub raises; the repository is then as it was, or complete.
+        Exception: Any error of huggingface_hub; the repository is then unchanged or complete.
     """
     files = local_files(entry, organization)
     repo_id = f'{organization}/{entry.name}'
@@ -106,11 +106,11 @@ def publish(api: HfApi, entry: Entry, organization: str, private: bool, dry_run:
         for name, source in files.items() if name in names
     ]
     try:
-        # parent_commit: another commit in between is an error, not overwritten.
+        # parent_commit makes another commit in between an error.
         return 'published at ' + api.create_commit(
             repo_id, operations, commit_message=f'Add {entry.name}', parent_commit=revision).oid
     except Exception:
-        # The answer may be lost after the commit was made.
+        # The commit may have been made although its answer was lost.
         revision = head(api, repo_id)
         if revision is None or list(differing(api, repo_id, revision, files)):
             raise
@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for entry in tqdm(entries, unit='entry', disable=None):
         try:
             outcome = publish(api, entry, args.org, args.private, args.dry_run)
-        except Exception as error:  # whatever one entry meets, the others still go
+        except Exception as error:  # the other entries are still published
             outcome = f'FAILED: {type(error).__name__}: {str(error).strip()}'
             status = 1
         tqdm.write(f'{args.org}/{entry.name}: {outcome}', file=sys.stderr if 'FAILED' in outcome else sys.stdout)

@@ -1,4 +1,4 @@
-"""Download published entries into an empty cache and check that they are what was published.
+"""Download published entries into an empty cache and compare them with their records.
 
     python tools/release/verify_hub.py                  # every entry with a pinned commit
     python tools/release/verify_hub.py ENTRY ...        # these; an entry without a pin is taken from its main branch
@@ -25,7 +25,7 @@ from timm_gsa.models._weights import ORGANIZATION, WEIGHTS_NAME
 
 
 def problems(entry: Entry, organization: str, cache_dir: str) -> Iterator[str]:
-    """What differs between an entry's repository and its record; downloads it into `cache_dir`."""
+    """Download an entry's repository into `cache_dir`; yield differences from its record."""
     repo_id, revision = f'{organization}/{entry.name}', entry.record.get('revision')
     path = Path(hf_hub_download(repo_id, WEIGHTS_NAME, revision=revision, cache_dir=cache_dir))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as cache_dir:
             try:
                 found = '; '.join(problems(entry, args.org, cache_dir)) or 'good'
-            except Exception as error:  # a table row, and the others still go
+            except Exception as error:  # becomes a row of the table
                 found = f'{type(error).__name__}: {" ".join(str(error).split())}'
         rows.append((f'{args.org}/{entry.name}', entry.record.get('revision') or 'not pinned', found))
     for name, revision, found in rows:
