@@ -585,7 +585,7 @@ class Visit:
     def warning_after(self, act):
         act()
         text = self.page.wait_for_selector('.toast-body').inner_text()
-        self.page.click('.toast-close')
+        self.page.evaluate('document.querySelector(".toast-close")?.click()')  # it may have closed by itself
         self.page.wait_for_selector('.toast-body', state='detached')
         return text
 
