@@ -270,7 +270,7 @@ def test_vanished_test_function_is_noticed(
 
 @pytest.mark.parametrize(("version", "expected"), [("1.0.21", 11), ("1.0.30", 11), ("1.0.31", 28), ("1.1.0.dev0", 28)])
 def test_number_of_functions_to_expect_follows_the_release(tool: ModuleType, version: str, expected: int) -> None:
-    report = dict.fromkeys(("cases", "missing", "undecided", "contradictions", "needs_weights"), ())
+    report = dict.fromkeys(("cases", "functions", "missing", "undecided", "contradictions", "needs_weights"), ())
     problems = tool.judge(0, {**report, "cases": {}, "models": ["some"]}, version)
     assert f"some: 0 test functions, timm {version} has at least {expected}" in problems
 
@@ -415,8 +415,8 @@ def test_patterns_choose_models_in_registry_order(tool: ModuleType) -> None:
 
 def test_default_models_are_the_tiny_ones_and_the_smallest_of_each_kind(tool: ModuleType) -> None:
     assert tool.choose_models(tool.DEFAULT_MODELS, tool.our_models()) == [
-        "gsa_resnet26", "gsa_resnet_tiny", "priorattn_resnet18", "priorattn_resnet_tiny", "san10_pairwise",
-        "san10_patchwise", "san_tiny_pairwise", "san_tiny_patchwise",
+        "dcac_325mf", "dcac_mini", "gsa_resnet26", "gsa_resnet_tiny", "priorattn_resnet18", "priorattn_resnet_tiny",
+        "san10_pairwise", "san10_patchwise", "san_tiny_pairwise", "san_tiny_patchwise", "smlpnet_mini", "smlpnet_tiny",
     ]
 
 
