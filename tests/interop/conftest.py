@@ -7,8 +7,15 @@ from huggingface_hub import constants
 from torch.nn import functional as F
 
 from timm_gsa.layers import GlobalSelfAttention, PairwiseAttention, PatchwiseAttention, PriorAttention
+from timm_gsa.models._families import tiny_models
 
 ATTENTION = (GlobalSelfAttention, PairwiseAttention, PatchwiseAttention, PriorAttention)
+
+
+@pytest.fixture(params=tiny_models())
+def ours(request):
+    """Name of a tiny model of each kind that has weights."""
+    return request.param
 
 
 @pytest.fixture(autouse=True)
