@@ -12,9 +12,16 @@ from torch import nn
 from timm_gsa import attention_maps, attention_rollout
 from timm_gsa.interpret import GaussianMaps, GlobalMaps, NeighbourhoodMaps
 from timm_gsa.layers import GlobalSelfAttention, PairwiseAttention, PatchwiseAttention, PriorAttention
+from timm_gsa.models._families import tiny_models
 from timm_gsa.ops import column_attention, content_attention, normalise_query, row_attention
 
 LAYERS = (GlobalSelfAttention, PairwiseAttention, PatchwiseAttention, PriorAttention)
+
+
+@pytest.fixture(params=tiny_models(attention=True))
+def ours(request):
+    """Name of a tiny model of each kind of attention."""
+    return request.param
 
 
 def attention_layers(model):

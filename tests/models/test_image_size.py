@@ -10,9 +10,9 @@ from timm.models import load_checkpoint
 
 import timm_gsa.layers.global_self_attention as global_self_attention
 from timm_gsa.layers import GlobalSelfAttention, PriorAttention
-from timm_gsa.models._families import FAMILIES, tiny_models
+from timm_gsa.models._families import FAMILIES, family_of, tiny_models
 
-TINY = tiny_models()
+TINY = tiny_models(untrained=True)
 SMALLEST = [name for family in FAMILIES for name in family.smallest]
 
 
@@ -64,14 +64,24 @@ def test_features_have_the_sizes_of_a_convolutional_resnet(name, size):
         assert sizes(ours(x)) == sizes(theirs(x)) == convolutional_sizes(*size)
 
 
-@pytest.mark.parametrize('name', ['san_tiny_pairwise', 'san_tiny_patchwise'])
+@pytest.mark.parametrize('name', ['san_tiny_pairwise', 'san_tiny_patchwise', 'smlpnet_mini'])
 @pytest.mark.parametrize('size', [(33, 47), (97, 75)])
-def test_san_halves_maps_as_its_authors_do(name, size):
-    """Its pools leave out a last odd row or column, so sizes round down, from 32 px on."""
+def test_sizes_round_down_where_the_authors_networks_round_down(name, size):
+    """SAN's pools leave out a last odd row or column, sMLPNet's patches what fills none; from 32 px on."""
     model = timm.create_model(name, features_only=True).eval()
     with torch.no_grad():
         features = model(torch.randn(1, 3, *size))
-    assert sizes(features) == [(size[0] // 2 ** n, size[1] // 2 ** n) for n in range(1, 6)]
+    assert sizes(features) == [(size[0] // stride, size[1] // stride) for stride in family_of(name).strides]
+
+
+@pytest.mark.parametrize('size', [(33, 47), (97, 75)])
+def test_dcac_halves_up_in_its_stem_and_down_in_its_stages(size):
+    """Convolution and pool of the stem have a padding, the 2 x 2 pools of the stages none."""
+    model = timm.create_model('dcac_mini', features_only=True).eval()
+    with torch.no_grad():
+        features = model(torch.randn(1, 3, *size))
+    stem = convolutional_sizes(*size, count=2)
+    assert sizes(features) == stem + [(stem[1][0] // 2 ** n, stem[1][1] // 2 ** n) for n in (1, 2, 3)]
 
 
 @pytest.mark.parametrize('name', SMALLEST)
@@ -79,7 +89,7 @@ def test_smallest_models_extract_features_at_96_px(name):
     model = timm.create_model(name, features_only=True).eval()
     with torch.no_grad():
         features = model(torch.randn(1, 3, 96, 96))
-    assert sizes(features) == [(48, 48), (24, 24), (12, 12), (6, 6), (3, 3)]
+    assert sizes(features) == [(96 // stride, 96 // stride) for stride in family_of(name).strides]
     assert [feature.shape[1] for feature in features] == model.feature_info.channels()
     assert all(feature.isfinite().all() for feature in features)
 

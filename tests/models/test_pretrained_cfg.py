@@ -10,7 +10,7 @@ from timm_gsa.models._families import family_of, tiny_models
 
 def is_small(name: str) -> bool:
     """True of the models that are ours alone, for images of 64 px and 100 classes."""
-    return name in tiny_models() or name.endswith('_mini')
+    return name in tiny_models(untrained=True)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ file was at hand to try. Our choice: images of other sizes and aspect ratios (th
 size), and `smlpnet_mini`. Mixing has a matrix for each size of map, so that there is no `output_stride`.
 """
 import argparse
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint_seq
 
 from ..layers import DepthwiseBlock, SparseMLP
+from ._weights import read_checkpoint
 from ._zoo import create_from_zoo, default_cfg, zoo_cfgs
 
 __all__ = ['SMLPBlock', 'SMLPNet', 'checkpoint_filter_fn']
@@ -368,6 +368,11 @@ def _our_name(official: str, depths: list[int]) -> str:
     return official
 
 
+def depths_of(model: SMLPNet) -> list[int]:
+    """Blocks of each stage."""
+    return [len(stage.blocks) for stage in model.stages if isinstance(stage, SMLPStage)]
+
+
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """State dict of the authors' code under our names; any other state dict as it is.
 
@@ -384,7 +389,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     if _OFFICIAL_FIRST not in state_dict:
         return state_dict
     assert isinstance(model, SMLPNet)
-    depths = [len(stage.blocks) for stage in model.stages if isinstance(stage, SMLPStage)]
+    depths = depths_of(model)
     out = {}
     for official, tensor in state_dict.items():
         name = _our_name(official, depths)
@@ -411,12 +416,9 @@ def read_official(path: str | Path) -> dict[str, Any] | None:
         RuntimeError: The pickle asks for another class, which the message names, or the file is no checkpoint.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:
-        name = re.search(r'GLOBAL (\S+)', str(error))
-        reason = f'refused, since its pickle asks for {name[1]}' if name else 'no checkpoint of torch, or a damaged one'
-        raise RuntimeError(f'{path}: {reason}') from error
+        loaded = read_checkpoint(Path(path), (argparse.Namespace,))
+    except RuntimeError as error:
+        raise RuntimeError(f'{path}: {error}') from error
     state = loaded.get('model') if isinstance(loaded, dict) else None
     return state if isinstance(state, dict) else None
 
@@ -446,7 +448,8 @@ def _create_smlpnet(variant: str, pretrained: bool = False, **kwargs: Any) -> SM
         SMLPNet,
         variant,
         pretrained,
-        advice="The authors' own file loads with pretrained_cfg_overlay=dict(file=PATH).",
+        advice="The authors' own file loads with pretrained_cfg_overlay=dict(file=PATH); "
+        '`timm-gsa convert-smlpnet` makes a folder for the Hub of it.',
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=feature_cfg,
         **kwargs,
