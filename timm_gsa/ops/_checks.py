@@ -80,10 +80,21 @@ def _gaussian_cases() -> Iterator[Case]:
         yield Case(GAUSSIAN, (value, torch.ones(1, dtype=torch.float64)), (dilation,))
 
 
+def _axial_cases() -> Iterator[Case]:
+    from .axial_mixing import COLUMN_MIXING, ROW_MIXING
+
+    for height, width in ((5, 7), (1, 4)):
+        x = torch.randn(2, 3, height, width, dtype=torch.float64)
+        for operation, length in ((ROW_MIXING, width), (COLUMN_MIXING, height)):
+            matrix, bias = torch.randn(length, length, dtype=torch.float64), torch.randn(length, dtype=torch.float64)
+            yield Case(operation, (x, matrix, bias))
+
+
 FAMILIES: dict[str, Callable[[], Iterator[Case]]] = {
     'gsa': _gsa_cases,
     'san': _san_cases,
     'gaussian': _gaussian_cases,
+    'axial': _axial_cases,
 }
 
 

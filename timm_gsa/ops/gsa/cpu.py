@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .. import _autograd
-from .._backend import affine_of, chooses_by_speed, known, records_gradients, why_not_cpu, why_not_pristine
+from .._backend import affine_of, chooses_by_speed, records_gradients, statically_true, why_not_cpu, why_not_pristine
 from . import plain
 from .query_norm import normalise_query
 
@@ -181,7 +181,7 @@ def layer_arguments(layer: Any, x: torch.Tensor) -> tuple[Any, ...]:
 
 def plain_table(table: torch.Tensor, length: int) -> torch.Tensor:
     """The table of a layer for an axis of this length."""
-    return table if known(table.shape[0] == 2 * length - 1) else plain.resize_relative_table(table, length)
+    return table if statically_true(table.shape[0] == 2 * length - 1) else plain.resize_relative_table(table, length)
 
 
 def why_not_global_attention(x: torch.Tensor, *more: Any) -> str | None:

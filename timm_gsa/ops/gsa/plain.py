@@ -2,7 +2,7 @@
 import torch
 import torch.nn.functional as F
 
-from .._backend import known
+from .._backend import statically_true
 
 __all__ = [
     'column_attention',
@@ -70,7 +70,7 @@ def _halve_by_slices(x: torch.Tensor) -> torch.Tensor:
 
 def is_even(x: torch.Tensor) -> bool:
     """True if height and width of a map are known to be even."""
-    return known(x.shape[-2] % 2 == 0) and known(x.shape[-1] % 2 == 0)
+    return statically_true(x.shape[-2] % 2 == 0) and statically_true(x.shape[-1] % 2 == 0)
 
 
 def resize_relative_table(table: torch.Tensor, length: int) -> torch.Tensor:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .._backend import known, records_gradients, why_not_cpu, why_not_plain_tensors
+from .._backend import records_gradients, statically_true, why_not_cpu, why_not_plain_tensors
 from . import plain, rows
 from .innermost import buffered, difference_attention, patch_attention, weighted_sum
 from .layers import by_batch, conv2_bias, fixed_norms, hidden_of_patches, logits_of_differences, why_not_own_parts
@@ -53,7 +53,7 @@ def aggregation(value: torch.Tensor, weight: torch.Tensor, kernel_size: int, dil
     height, width = value.shape[-2:]
     padding = same_padding(kernel_size, dilation)
     square = kernel_size, kernel_size
-    short, long = known(width < 16), known(width >= 16)
+    short, long = statically_true(width < 16), statically_true(width >= 16)
     if short or long:
         channels_last, groups_last = value.stride(1) == 1, weight.stride(1) == 1
         if short or channels_last or groups_last:
