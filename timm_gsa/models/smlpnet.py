@@ -32,6 +32,7 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint_seq
 
 from ..layers import DepthwiseBlock, SparseMLP
+from ..ops.pooling import check_map
 from ._zoo import create_from_zoo, default_cfg, zoo_cfgs
 
 __all__ = ['SMLPBlock', 'SMLPNet', 'checkpoint_filter_fn']
@@ -82,13 +83,15 @@ class SMLPBlock(nn.Module):
 class SMLPStage(nn.Module):
     """Patches to pixels by a strided convolution without bias or norm, then blocks."""
 
-    def __init__(self, downsample: nn.Module, blocks: list[nn.Module]) -> None:
+    def __init__(self, downsample: nn.Conv2d, blocks: list[nn.Module]) -> None:
         super().__init__()
         self.downsample = downsample
         self.blocks = nn.Sequential(*blocks)
         self.grad_checkpointing = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            check_map(x, self.downsample.kernel_size[0], _STRIDES[-1], batched=True)
         # Channels innermost from here on, whatever the image's layout: products over channels then copy nothing.
         x = self.downsample(x).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         if self.grad_checkpointing and not torch.jit.is_scripting():

@@ -25,6 +25,7 @@ from torch.nn.modules import module as nn_module
 
 __all__ = [
     'BACKENDS',
+    'Affine',
     'Choice',
     'Form',
     'Operation',
@@ -405,9 +406,9 @@ def is_exporting() -> bool:
 def statically_true(condition: bool) -> bool:
     """True if a condition on sizes holds; False if a program that is exported, traced or compiled leaves them open.
 
-    Asking for the condition itself would tie the program to the sizes it is made with, without an error at others.
+    The condition itself would tie the program to the sizes it was built with, without an error at other sizes.
     """
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing() or isinstance(condition, torch.fx.Proxy):
         return False
     if not torch.compiler.is_compiling():
         return condition
@@ -503,8 +504,15 @@ def _why_not_own_class(module: Any, bias: bool | None) -> str | None:
     return None if type(module) in _SIMPLE else f'is a {type(module).__name__}'
 
 
-def affine_of(norm: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Factor and shift of each channel, (C,) in at least float32, of a batch norm that uses its running statistics.
+class Affine(NamedTuple):
+    """Factor and summand of each channel, (C,)."""
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+
+def affine_of(norm: Any) -> Affine | None:
+    """Factor and summand of each channel, in at least float32, of a batch norm that uses its running statistics.
 
     None if the norm is no such map: in training mode, without running statistics, of another kind, or with an
     activation in it.
@@ -519,4 +527,4 @@ def affine_of(norm: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
     shift = -mean.to(wide) * scale
     if norm.bias is not None:
         shift = shift + norm.bias.to(wide)
-    return scale, shift
+    return Affine(scale, shift)

@@ -1,6 +1,6 @@
 """Compares the forms of operations with their references, on small inputs of odd shapes.
 
-`timm-gsa doctor --check` prints what is found here; `_kernels.py` asks it before Triton kernels are used on a device.
+`timm-gsa doctor --check` prints the results; `_kernels.py` runs a check before Triton kernels are used on a device.
 """
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ ORDERS = ('output', 'gradients', 'gradients of gradients')
 
 
 class Case(NamedTuple):
-    """Inputs of an operation: tensors, in float64 on a CPU, and arguments behind them that have no gradients."""
+    """Inputs of an operation: tensors, in float64 on a CPU, and further arguments, which have no gradients."""
 
     operation: Operation
     tensors: tuple[torch.Tensor, ...]
@@ -110,9 +110,9 @@ def check(
     Args:
         family: Key of `FAMILIES`.
         form: 'torch', 'cpu' or 'triton'.
-        dtype: Of the inputs that the form is given.
-        device: Where it computes.
-        orders: What is compared, of `ORDERS`.
+        dtype: Dtype of the inputs of the form.
+        device: Device that it computes on.
+        orders: Orders to compare, of `ORDERS`.
 
     Yields:
         A result for each case and order. An exception of the form is the reason of one.
@@ -163,7 +163,7 @@ def _derivatives(
         more: tuple[Any, ...],
         count: int,
 ) -> list[list[torch.Tensor]]:
-    """Output, gradients and gradients of gradients of a function, as many of the three as asked for."""
+    """Output, gradients and gradients of gradients of a function, the first `count` of them."""
     leaves = [x.detach().requires_grad_() for x in tensors]
     out = function(*leaves, *more)
     orders = [[out]]

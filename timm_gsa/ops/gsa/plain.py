@@ -69,7 +69,7 @@ def _halve_by_slices(x: torch.Tensor) -> torch.Tensor:
 
 
 def is_even(x: torch.Tensor) -> bool:
-    """True if height and width of a map are known to be even."""
+    """True if height and width of a map are even at every size that a program is for."""
     return statically_true(x.shape[-2] % 2 == 0) and statically_true(x.shape[-1] % 2 == 0)
 
 

@@ -29,11 +29,11 @@ __all__ = [
 # Positions of a map from which training recomputes relations and does not keep them, and inference goes by rows.
 _LARGE = 28 * 28
 
-# The C library gives larger blocks back to the system, which hands every page out anew.
+# Bytes. The C library returns larger blocks to the system, which clears every page before it is used again.
 _LARGEST_BLOCK = 2 ** 25
 
 
-# The sum over neighbours, in the form that a compiler makes the fastest code of.
+# The sum over neighbours, in the form that a compiler turns into the fastest code.
 
 
 def why_not_aggregation(value: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> str | None:
@@ -41,9 +41,9 @@ def why_not_aggregation(value: torch.Tensor, weight: torch.Tensor, kernel_size: 
         return 'in eager mode the plain form is the fastest'
     reason = why_not_plain_tensors(value, weight)
     if reason is None and value.device.type != 'cpu':
-        return 'not on a CPU'
+        return 'the tensors are not on a CPU'
     if reason is None and records_gradients(value, weight):
-        return 'gradients are recorded, for which it would keep all shifted values'
+        return 'gradients are recorded: the form would keep all shifted values'
     return reason
 
 
@@ -132,14 +132,14 @@ def patch_network(
 def why_not_weights(layer: Any, query: torch.Tensor, key: torch.Tensor) -> str | None:
     """Why the weights of a layer cannot be computed by a network that keeps no relations.
 
-    Training mode decides alike with and without gradients, as what norms make of a small batch shows every rounding.
+    In training mode the choice is the same with and without gradients: norms over a small batch magnify rounding.
     """
     reason = _why_not(layer, query)
     if reason is not None or torch.compiler.is_compiling():
         return reason
     trains = by_batch(layer) or records_gradients(query, *layer.parameters())
     if trains and query.shape[-2:].numel() < _LARGE:
-        return 'training on a small map, whose relations fit into the cache'
+        return 'the map is small: in training its relations fit into the cache'
     return None
 
 
@@ -147,7 +147,7 @@ def _why_not(layer: Any, query: torch.Tensor) -> str | None:
     tensors = query, *layer.parameters()
     reason = why_not_cpu(*tensors)
     if reason is None and any(x.dtype != query.dtype for x in tensors):
-        return 'tensors of several dtypes'
+        return 'the tensors have several dtypes'
     return reason or why_not_own_parts(layer)
 
 
@@ -161,7 +161,7 @@ def _pairwise_weights(layer: Any, query: torch.Tensor, key: torch.Tensor, positi
         layer, query, key, position, plain.difference_moments, difference_network, normed_difference_network)
     if torch.compiler.is_compiling() or by_batch(layer) or records_gradients(logits):
         return logits.softmax(2)
-    # In their own memory and image by image, as a second block of that size costs more.
+    # In place and image by image: a second block of that size takes longer.
     for image in logits:
         image.sub_(image.amax(1, keepdim=True)).exp_()
         image.div_(image.sum(1, keepdim=True))
@@ -182,7 +182,7 @@ def why_not_layer(layer: Any, query: torch.Tensor, key: torch.Tensor, value: tor
         return 'gradients are recorded'
     reason = _why_not(layer, query)
     if reason is None and len(fixed_norms(layer)) != 2:
-        return 'norm1 and norm2 are no fixed affine maps'
+        return 'norm1 and norm2 are no fixed affine maps: they use the statistics of the batch'
     return reason
 
 

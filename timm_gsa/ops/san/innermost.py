@@ -1,8 +1,8 @@
 """SAN's attention from query, key and value to the sum with channels innermost in memory, for inference on a CPU.
 
-The neighbours in a row then lie side by side, and every loop runs along them. Eager mode gains by it on small maps,
-whose rows are short. torch.compile makes fast code of it on maps of any size; where it needs another form than eager
-mode to do so, both stand here.
+The neighbours in a row then lie side by side in memory, and every loop runs along them. In eager mode this is faster on
+small maps, whose rows are short; compiled code is faster on maps of any size. Where the two need different forms, both
+are here.
 
 Source: Zhao, Jia and Koltun, "Exploring Self-attention for Image Recognition", CVPR 2020, equations 2 and 4.
 """
@@ -39,7 +39,7 @@ def _difference_attention(
         position_key: Further channels of all images' keys, (1, P, H, W).
         weight1: Matrix of shape (M, C + P).
         bias1: Vector of shape (M,).
-        weight2: Matrix of shape (G, M). There is no second bias, as the softmax takes no notice of it.
+        weight2: Matrix of shape (G, M). There is no second bias: the softmax cancels it.
         kernel_size: Odd number K of places a side.
         dilation: Distance in pixels between neighbouring places.
 
@@ -52,7 +52,7 @@ def _difference_attention(
     offsets = torch.stack([(centre - keys).relu() for keys in _rows(position_key, *window)])
     offsets = offsets @ position_weight.t() + bias1
     query = query.movedim(1, -1).contiguous().unsqueeze(-2)
-    # A copy for every row: kernels that read the same the compiler makes one of, which fills all rows' buffers at once.
+    # One copy for each row: Inductor would fuse kernels that read the same buffer, and fill all rows' buffers at once.
     queries = torch.stack([query] * kernel_size) if torch.compiler.is_compiling() else [query] * kernel_size
     logits = []
     for centre, keys, offset in zip(queries, _rows(key, *window), offsets, strict=True):
@@ -116,7 +116,7 @@ def _patch_attention(
     return weighted_sum(value, weights, *window)
 
 
-# Operators, for their FLOP formulas; a compiler is given what is inside.
+# Operators, for their FLOP formulas. A compiler sees the functions instead.
 
 
 def _like_value(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -156,7 +156,7 @@ def patch_attention(*args: Any) -> torch.Tensor:
 
 
 def buffered(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Tensors of one shape, which a compiler computes once and not for every element of what is made of them."""
+    """Tensors of one shape through one buffer: a compiler would compute them anew in every kernel that reads them."""
     return torch.stack(tensors).unbind()
 
 

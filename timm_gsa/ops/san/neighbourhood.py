@@ -1,4 +1,4 @@
-"""Neighbourhoods of a feature map: reflection padding and K x K windows, the ground on which SAN's operations stand."""
+"""Neighbourhoods of a feature map: reflection padding and K x K windows, which all of SAN's operations use."""
 import torch
 import torch.nn.functional as F
 
@@ -74,9 +74,10 @@ def neighbourhood(x: torch.Tensor, kernel_size: int, dilation: int = 1) -> torch
 
 
 def joined_reflect_pad(x: torch.Tensor, padding: int, axes: tuple[int, int]) -> torch.Tensor:
-    """`reflect_pad` along these axes, joined from slices, which a compiler makes a buffer of.
+    """`reflect_pad` along these axes by concatenation of slices, for a compiler.
 
-    A padding it would compute anew wherever that is read. The padding must be above 0 and below the axes' lengths.
+    Inductor writes a concatenation to memory once; a padding it would compute anew in every kernel that reads it. The
+    padding must be above 0 and below the axes' lengths.
     """
     for axis in axes:
         length = x.shape[axis]
