@@ -272,7 +272,7 @@ def test_any_size_runs_and_trains(size):
 def test_the_smallest_size_is_the_one_in_the_config():
     model = timm.create_model('dcac_325mf', device='meta').eval()
     assert model.forward_features(torch.empty(1, 3, 29, 29, device='meta')).shape[2:] == (1, 1)
-    with pytest.raises(RuntimeError, match='too small'):
+    with pytest.raises(ValueError, match='images must be at least 29 x 29 pixels'):
         model(torch.empty(1, 3, 28, 28, device='meta'))
     assert model.pretrained_cfg['min_input_size'] == (3, 29, 29)
 

@@ -35,6 +35,7 @@ __all__ = [
     'compute',
     'explain',
     'in_full_precision',
+    'is_compiling',
     'is_exporting',
     'records_gradients',
     'short_cut',
@@ -394,6 +395,11 @@ def _call_wide(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def records_gradients(*tensors: torch.Tensor) -> bool:
     """True if autograd records what is done with tensors."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def is_compiling() -> bool:
+    """True while a compiler or an exporter traces a call."""
+    return torch.compiler.is_compiling()
 
 
 @torch.compiler.assume_constant_result  # called as it is: within a graph, torch 2.11 answers True while it compiles

@@ -7,25 +7,22 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from ._backend import Form, Operation, compute, records_gradients, statically_true, why_not_cpu
+from ._backend import Form, Operation, compute, is_compiling, records_gradients, statically_true, why_not_cpu
 
 __all__ = ['check_map', 'halving_max_pool', 'overlapping_average_pool', 'overlapping_max_pool']
 
 
-def check_map(x: torch.Tensor, min_side: int, min_size: int | None = None, batched: bool = False) -> None:
+def check_map(x: torch.Tensor, min_side: int, min_size: int | None = None) -> None:
     """Check a map before a pool or convolution without padding; sizes that a program leaves open pass.
 
     Args:
         x: Map of shape (..., H, W).
         min_side: Smallest height and width.
         min_size: Smallest side of the images of the network, for the error.
-        batched: Whether the map must be (B, C, H, W).
 
     Raises:
-        ValueError: The map is smaller or no batch.
+        ValueError: The map is smaller.
     """
-    if batched and statically_true(x.dim() != 4):
-        raise ValueError(f'expected 4D input (got {x.dim()}D input)')
     height, width = x.shape[-2:]
     if statically_true(height < min_side) or statically_true(width < min_side):
         images = '' if min_size is None else f': images must be at least {min_size} x {min_size} pixels'
@@ -83,7 +80,7 @@ def _average(x: torch.Tensor) -> torch.Tensor:
 
 
 def _why_not_inference(x: torch.Tensor) -> str | None:
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return 'a compiler fuses the plain form'
     return 'gradients are recorded' if records_gradients(x) else why_not_cpu(x)
 

@@ -10,7 +10,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .. import _autograd
-from .._backend import affine_of, chooses_by_speed, records_gradients, statically_true, why_not_cpu, why_not_pristine
+from .._backend import (
+    affine_of,
+    chooses_by_speed,
+    is_compiling,
+    records_gradients,
+    statically_true,
+    why_not_cpu,
+    why_not_pristine,
+)
 from . import plain
 from .query_norm import normalise_query
 
@@ -37,7 +45,7 @@ _MANY = 2 ** 14
 def why_not_column_attention(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> str | None:
     reason = why_not_cpu(query, value, table)
     height, width = query.shape[-2:]
-    if reason is None and not torch.compiler.is_compiling() and height * height * width < _MANY and chooses_by_speed():
+    if reason is None and not is_compiling() and height * height * width < _MANY and chooses_by_speed():
         return 'the map is small: its logits fit into the cache'
     return reason
 
@@ -342,7 +350,7 @@ _global_attention = _autograd.operator(
 
 
 def why_not_halve(x: torch.Tensor) -> str | None:
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return 'a compiler fuses slices, which the plain form gives it'
     return why_not_cpu(x) or (None if plain.is_even(x) else 'height or width is odd')
 

@@ -2,7 +2,7 @@
 import torch
 import torch.nn.functional as F
 
-from .._backend import statically_true
+from .._backend import is_compiling, statically_true
 
 __all__ = [
     'column_attention',
@@ -51,7 +51,7 @@ def content_and_row_attention(
 def halve(x: torch.Tensor) -> torch.Tensor:
     """Average pool over 2 x 2 positions; the last windows of odd maps average what they cover."""
     if not torch.jit.is_scripting():
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return _halve_by_slices(x)
     return F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .._backend import records_gradients, statically_true, why_not_cpu, why_not_plain_tensors
+from .._backend import is_compiling, records_gradients, statically_true, why_not_cpu, why_not_plain_tensors
 from . import plain, rows
 from .innermost import buffered, difference_attention, patch_attention, weighted_sum
 from .layers import by_batch, conv2_bias, fixed_norms, hidden_of_patches, logits_of_differences, why_not_own_parts
@@ -37,7 +37,7 @@ _LARGEST_BLOCK = 2 ** 25
 
 
 def why_not_aggregation(value: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> str | None:
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         return 'in eager mode the plain form is the fastest'
     reason = why_not_plain_tensors(value, weight)
     if reason is None and value.device.type != 'cpu':
@@ -135,7 +135,7 @@ def why_not_weights(layer: Any, query: torch.Tensor, key: torch.Tensor) -> str |
     In training mode the choice is the same with and without gradients: norms over a small batch magnify rounding.
     """
     reason = _why_not(layer, query)
-    if reason is not None or torch.compiler.is_compiling():
+    if reason is not None or is_compiling():
         return reason
     trains = by_batch(layer) or records_gradients(query, *layer.parameters())
     if trains and query.shape[-2:].numel() < _LARGE:
@@ -159,7 +159,7 @@ def pairwise_weights(layer: Any, query: torch.Tensor, key: torch.Tensor) -> torc
 def _pairwise_weights(layer: Any, query: torch.Tensor, key: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     logits = logits_of_differences(
         layer, query, key, position, plain.difference_moments, difference_network, normed_difference_network)
-    if torch.compiler.is_compiling() or by_batch(layer) or records_gradients(logits):
+    if is_compiling() or by_batch(layer) or records_gradients(logits):
         return logits.softmax(2)
     # In place and image by image: a second block of that size takes longer.
     for image in logits:
@@ -231,11 +231,11 @@ def patchwise_attention(layer: Any, query: torch.Tensor, key: torch.Tensor, valu
 
 
 def _goes_by_rows(query: torch.Tensor) -> bool:
-    return not torch.compiler.is_compiling() and query.shape[-2:].numel() >= _LARGE
+    return not is_compiling() and query.shape[-2:].numel() >= _LARGE
 
 
 def _laid_out_as(value: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    return out if torch.compiler.is_compiling() or value.stride(1) == 1 else out.contiguous()
+    return out if is_compiling() or value.stride(1) == 1 else out.contiguous()
 
 
 def _in_parts(layer: Any, weights: Callable[..., torch.Tensor], *maps: torch.Tensor) -> torch.Tensor:

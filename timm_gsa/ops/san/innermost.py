@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .. import _autograd
+from .._backend import is_compiling
 from .neighbourhood import joined_reflect_pad, reflect_pad, same_padding
 from .plain import network_flops, patch_flops
 
@@ -53,7 +54,7 @@ def _difference_attention(
     offsets = offsets @ position_weight.t() + bias1
     query = query.movedim(1, -1).contiguous().unsqueeze(-2)
     # One copy for each row: Inductor would fuse kernels that read the same buffer, and fill all rows' buffers at once.
-    queries = torch.stack([query] * kernel_size) if torch.compiler.is_compiling() else [query] * kernel_size
+    queries = torch.stack([query] * kernel_size) if is_compiling() else [query] * kernel_size
     logits = []
     for centre, keys, offset in zip(queries, _rows(key, *window), offsets, strict=True):
         relation = (centre - keys).relu_()
@@ -147,12 +148,12 @@ _patch_operator = _autograd.operator('patch_attention', _patch_attention, _like_
 
 def difference_attention(*args: Any) -> torch.Tensor:
     """`_difference_attention`, as one operator in eager mode."""
-    return _difference_attention(*args) if torch.compiler.is_compiling() else _difference_operator(*args)
+    return _difference_attention(*args) if is_compiling() else _difference_operator(*args)
 
 
 def patch_attention(*args: Any) -> torch.Tensor:
     """`_patch_attention`, as one operator in eager mode."""
-    return _patch_attention(*args) if torch.compiler.is_compiling() else _patch_operator(*args)
+    return _patch_attention(*args) if is_compiling() else _patch_operator(*args)
 
 
 def buffered(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -167,7 +168,7 @@ def weighted_sum(value: torch.Tensor, weights: list[torch.Tensor], kernel_size: 
     out = value.new_zeros(batch, height, width, channels // groups, groups)
     for values, weight in zip(_rows(value, kernel_size, dilation), weights, strict=True):
         grouped = values.unflatten(-1, (-1, groups))
-        if torch.compiler.is_compiling():
+        if is_compiling():
             out = out + (grouped * weight.unsqueeze(-2)).sum(-3)
         else:
             for place in range(kernel_size):

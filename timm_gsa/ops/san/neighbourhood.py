@@ -2,6 +2,8 @@
 import torch
 import torch.nn.functional as F
 
+from .._backend import is_compiling
+
 __all__ = ['neighbourhood', 'reflect_pad', 'reflected_index', 'same_padding', 'windows']
 
 
@@ -93,7 +95,7 @@ def windows(padded: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tens
     view = padded.unfold(-2, span, 1).unfold(-2, span, 1)[..., ::dilation, ::dilation]
     view = view.movedim((-2, -1), (-4, -3))
     if not torch.jit.is_scripting():
-        if torch.compiler.is_compiling():
+        if is_compiling():
             # Free in inference, as the compiler fuses it. Without it torch compares K with the size of the map to
             # choose a memory layout, and compiles anew for smaller maps.
             view = view.clone(memory_format=torch.contiguous_format)

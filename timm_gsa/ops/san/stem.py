@@ -1,7 +1,7 @@
 """The stem of SAN up to its pool on a CPU, in inference.
 
 Before the pool the maps are as large as the images, with 64 channels in the authors' networks. The first convolution is
-1 x 1 and takes in the norm's factors; adding a summand and rectifying keep the order of numbers. So the maximum over the
+1 x 1 and takes in the norm; adding a summand and rectifying keep the order of numbers. So the maximum over the
 four places of the pool's windows is taken of products, place by place, and no map is larger than the pooled one.
 """
 import functools
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from .._backend import affine_of, records_gradients, why_not_cpu, why_not_pristine
+from .._backend import affine_of, is_compiling, records_gradients, why_not_cpu, why_not_pristine
 from .innermost import buffered
 
 __all__ = ['stem', 'why_not_stem']
@@ -37,7 +37,7 @@ def _why_not_image(layer: Any, x: torch.Tensor) -> str | None:
     """Images that do not fit are left to the submodules, which raise torch's own errors."""
     if x.dim() != 4 or x.shape[1] != layer.conv.in_channels or x.dtype != layer.conv.weight.dtype:
         return 'conv does not take images of this shape or dtype'
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return None if layer.conv.in_channels <= _COLOURS else f'the images have more than {_COLOURS} channels'
     return 'the images have less than 2 x 2 pixels' if min(x.shape[-2:]) < 2 else None
 
@@ -45,7 +45,7 @@ def _why_not_image(layer: Any, x: torch.Tensor) -> str | None:
 def stem(layer: Any, x: torch.Tensor, pool: type[nn.Module]) -> torch.Tensor:
     """Convolution, norm, activation and pool of `SANStem`."""
     weight, bias = _folded(layer)
-    return _in_one_loop(weight, bias, x) if torch.compiler.is_compiling() else _by_place(weight, bias, x)
+    return _in_one_loop(weight, bias, x) if is_compiling() else _by_place(weight, bias, x)
 
 
 def _folded(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
