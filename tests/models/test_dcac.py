@@ -216,6 +216,14 @@ def test_a_block_without_attention_keeps_its_input():
         CondenserBlock(8, 8, 'basic', attention=False, stride=2)
 
 
+def test_the_smallest_size_is_the_one_in_the_config():
+    model = timm.create_model('dcac_325mf', device='meta').eval()
+    assert model.forward_features(torch.empty(1, 3, 29, 29, device='meta')).shape[2:] == (1, 1)
+    with pytest.raises(ValueError, match='images must be at least 29 x 29 pixels'):
+        model(torch.empty(1, 3, 28, 28, device='meta'))
+    assert model.pretrained_cfg['min_input_size'] == (3, 29, 29)
+
+
 def test_drop_path_is_where_there_is_something_to_add_to():
     model = mini(drop_path_rate=0.4)
     rates = {name: module.drop_prob for name, module in model.named_modules() if isinstance(module, DropPath)}

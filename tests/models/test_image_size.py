@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 from timm.models import load_checkpoint
 
+import timm_gsa
 import timm_gsa.layers.global_self_attention as global_self_attention
 from timm_gsa.layers import GlobalSelfAttention, PriorAttention
 from timm_gsa.models._families import FAMILIES, family_of, tiny_models
@@ -42,6 +43,73 @@ def test_tiny_models_run_at_any_size(name, size):
     with torch.no_grad():
         out = model(torch.randn(2, 3, *size))
     assert out.shape == (2, 100) and out.isfinite().all()
+
+
+# Smallest images, where there is a limit.
+LIMITS = {
+    'san_tiny_pairwise': 32, 'san_tiny_patchwise': 32, 'smlpnet_mini': 32, 'dcac_mini': 29,
+    'gsa_resnet_tiny': 1, 'priorattn_resnet_tiny': 1,
+}
+
+WRONG = {
+    'four channels': (lambda: torch.randn(1, 4, 64, 64), 'to have 3 channels, but got 4 channels'),
+    'NHWC': (lambda: torch.randn(1, 64, 64, 3), 'to have 3 channels, but got 64 channels'),
+    'no batch': (lambda: torch.randn(3, 64, 64), r'expected 4D input \(got 3D input\)'),
+    'five axes': (lambda: torch.randn(1, 1, 3, 64, 64), 'Expected 3D .unbatched. or 4D .batched. input to conv2d'),
+    'float64': (lambda: torch.randn(1, 3, 64, 64).double(), 'Double|double'),
+    'float16': (lambda: torch.randn(1, 3, 64, 64).half(), 'Half'),
+    'uint8': (lambda: torch.zeros(1, 3, 64, 64, dtype=torch.uint8), 'Byte|unsigned char'),
+    'sparse': (lambda: torch.randn(1, 3, 64, 64).to_sparse(), 'sparse|unsupported memory format'),
+    'no pixels': (lambda: torch.randn(1, 3, 0, 64), "Kernel size can't be greater|must be at least"),
+}
+
+
+@pytest.fixture(scope='module', params=LIMITS)
+def small(request) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(request.param).eval()
+
+
+@pytest.fixture(scope='module')
+def resnet() -> nn.Module:
+    return timm.create_model('resnet26d').eval()
+
+
+@pytest.mark.parametrize('grad', [False, True])
+@pytest.mark.parametrize('backend', ['auto', 'torch', 'reference', 'cpu'])
+@pytest.mark.parametrize('kind', WRONG)
+def test_wrong_images_give_the_errors_of_a_timm_resnet(small, resnet, kind, backend, grad):
+    make, message = WRONG[kind]
+    with torch.set_grad_enabled(grad), timm_gsa.use_backend(backend):
+        for model in (resnet, small):
+            with pytest.raises((RuntimeError, ValueError), match=message):
+                model(make())
+
+
+@pytest.mark.parametrize('grad', [False, True])
+@pytest.mark.parametrize('backend', ['auto', 'torch', 'reference', 'cpu'])
+def test_too_small_images_are_told_the_smallest_size(small, backend, grad):
+    name = small.pretrained_cfg['architecture']
+    limit = LIMITS[name]
+    with torch.set_grad_enabled(grad), timm_gsa.use_backend(backend):
+        assert small(torch.randn(1, 3, limit, limit)).isfinite().all()
+        for height, width in ((1, 1), (8, 8), (limit - 1, 64), (64, limit - 1)):
+            if limit > 1:
+                with pytest.raises(ValueError, match=f'images must be at least {limit} x {limit} pixels'):
+                    small(torch.randn(1, 3, height, width))
+
+
+@pytest.mark.parametrize('name, kwargs, limit', [
+    ('san_tiny_patchwise', dict(output_stride=8), 8),
+    ('san_tiny_pairwise', dict(stem_type='small'), 8),
+    ('dcac_mini', dict(output_stride=16), 13),
+    ('dcac_mini', dict(output_stride=8), 5),
+])
+def test_the_smallest_size_follows_the_strides(name, kwargs, limit):
+    model = timm.create_model(name, **kwargs).eval()
+    assert model(torch.randn(1, 3, limit, limit)).shape == (1, 100)
+    with pytest.raises(ValueError, match=f'images must be at least {limit} x {limit} pixels'):
+        model(torch.randn(1, 3, limit - 1, limit))
 
 
 @pytest.mark.parametrize('name', TINY)

@@ -115,11 +115,11 @@ class GlobalSelfAttention(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name, table in (('rel_h', self.rel_h), ('rel_w', self.rel_w)):
-            given = state_dict.get(prefix + name)
-            if table is None:
+            loaded = state_dict.get(prefix + name)
+            if table is None or loaded is None or loaded.ndim != 2:
                 continue
-            if given is not None and given.ndim == 2 and given.shape[0] % 2 == 1 and given.shape[1] == table.shape[1]:
-                state_dict[prefix + name] = resize_relative_table(given, (table.shape[0] + 1) // 2)
+            if loaded.shape[0] % 2 == 1 and loaded.shape[1] == table.shape[1]:
+                state_dict[prefix + name] = resize_relative_table(loaded, (table.shape[0] + 1) // 2)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def project(self, x: torch.Tensor) -> list[torch.Tensor]:

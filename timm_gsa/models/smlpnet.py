@@ -31,6 +31,8 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint_seq
 
 from ..layers import DepthwiseBlock, SparseMLP
+from ..ops._backend import statically_true
+from ..ops.pooling import check_map
 from ._weights import read_checkpoint
 from ._zoo import create_from_zoo, default_cfg, zoo_cfgs
 
@@ -79,16 +81,26 @@ class SMLPBlock(nn.Module):
         return x + self.drop_path2(pixels.permute(0, 3, 1, 2))
 
 
+def _check_map(x: torch.Tensor, conv: nn.Conv2d) -> None:
+    """Name what is wrong with a map that `conv` would take as it is, or refuse without the size of images."""
+    if statically_true(x.dim() == 3):
+        raise ValueError('expected 4D input (got 3D input)')
+    if statically_true(x.dim() == 4) and statically_true(x.shape[1] == conv.in_channels):
+        check_map(x, conv.kernel_size[0], _STRIDES[-1])
+
+
 class SMLPStage(nn.Module):
     """Patches to pixels by a strided convolution without bias or norm, then blocks."""
 
-    def __init__(self, downsample: nn.Module, blocks: list[nn.Module]) -> None:
+    def __init__(self, downsample: nn.Conv2d, blocks: list[nn.Module]) -> None:
         super().__init__()
         self.downsample = downsample
         self.blocks = nn.Sequential(*blocks)
         self.grad_checkpointing = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            _check_map(x, self.downsample)
         # Channels innermost from here on, whatever the image's layout: products over channels then copy nothing.
         x = self.downsample(x).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         if self.grad_checkpointing and not torch.jit.is_scripting():

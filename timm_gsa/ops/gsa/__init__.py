@@ -5,7 +5,7 @@ Source: Shen et al., "Global Self-Attention Networks for Image Recognition", arX
 import torch
 import torch.nn.functional as F
 
-from .._backend import Form, Operation, compute, known
+from .._backend import Form, Operation, compute, statically_true
 from . import cpu, gpu, plain, reference
 from .query_norm import normalise_query
 
@@ -178,7 +178,7 @@ def resize_relative_table(table: torch.Tensor, length: int) -> torch.Tensor:
 
 def _fits(table: torch.Tensor, length: int) -> bool:
     if not torch.jit.is_scripting():
-        return known(table.shape[0] == 2 * length - 1)
+        return statically_true(table.shape[0] == 2 * length - 1)
     return table.shape[0] == 2 * length - 1
 
 
