@@ -106,8 +106,8 @@ def create(families: dict[str, dict[str, Any]]) -> Callable[..., Any]:
     """`timm.create_model` with the same weights every time: random, with norms as after training.
 
     Fresh norms are the identity, or zero at the end of a residual branch, and would hide errors before them. Running
-    statistics fit the weights, so that the last map depends on the image. With `fresh`, on the meta device and for models
-    not in `families`, the model is as timm makes it, from a fixed seed.
+    statistics fit the weights, so that the last map depends on the image. With `fresh`, on the meta device and for
+    models not in `families`, the model is as timm makes it, from a fixed seed.
     """
     import timm
     import torch
