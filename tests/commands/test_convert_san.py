@@ -167,7 +167,8 @@ def test_conversion_takes_no_more_memory_than_twice_the_file(place, weights):
     before = memory('VmRSS')
     assert memory('VmHWM') - before < 2**20
     assert main(arguments(path, place / 'out')) == 0
-    assert path.stat().st_size < memory('VmHWM') - before <= 2 * path.stat().st_size
+    size = path.stat().st_size
+    assert 0.9 * size < memory('VmHWM') - before <= 2 * size  # freed memory of the process may be used again
 
 
 # What does not go in
