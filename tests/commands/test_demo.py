@@ -226,8 +226,9 @@ class Server:
         self._output = (folder / 'output').open('w+')
         port = free_port()
         self.url = f'http://127.0.0.1:{port}'
-        env = {**os.environ, 'TMPDIR': str(self.temporary), 'HF_HUB_OFFLINE': '0', **env}
-        for name in ('GRADIO_SERVER_NAME', 'GRADIO_ANALYTICS_ENABLED', 'GRADIO_TEMP_DIR'):
+        proxy = dict.fromkeys(('http_proxy', 'https_proxy', 'all_proxy'), 'http://127.0.0.1:9')  # nothing listens there
+        env = {**os.environ, 'TMPDIR': str(self.temporary), 'HF_HUB_OFFLINE': '0', **proxy, **env}
+        for name in ('GRADIO_SERVER_NAME', 'GRADIO_ANALYTICS_ENABLED', 'GRADIO_TEMP_DIR', 'no_proxy', 'NO_PROXY'):
             env.pop(name, None)
         self.process = subprocess.Popen(
             [sys.executable, *options, '-c', WATCHED, str(self._hosts), *command, '--port', str(port)],
@@ -530,7 +531,8 @@ def test_options_that_cannot_be_served_are_refused(demo, monkeypatch, capsys, tm
     assert 'from 1 to 65535' in refused('--port', '0')
     assert 'no_such_model' in refused('--model', 'no_such_model')
     assert 'gsa_resnet_tiny.c100' in refused('--model', 'san_tiny_pairwise', '--model', 'gsa_resnet50')
-    monkeypatch.setenv('GRADIO_TEMP_DIR', 'restored at the end')
+    for name in ('GRADIO_TEMP_DIR', 'no_proxy', 'NO_PROXY'):
+        monkeypatch.setenv(name, 'restored at the end')
     monkeypatch.setattr(signal, 'signal', lambda *_: None)
     with socket.create_server(('127.0.0.1', 0)) as taken:
         port = str(taken.getsockname()[1])

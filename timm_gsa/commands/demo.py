@@ -36,6 +36,9 @@ def run(args: argparse.Namespace) -> int:
     require_extra('demo', 'gradio', 'matplotlib')
     classifiers = load(args.model or tiny_models(attention=True))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Gradio checks its own address by HTTP, which must not go through a proxy.
+    direct = ','.join(filter(None, [os.environ.get('no_proxy') or os.environ.get('NO_PROXY'), 'localhost', args.host]))
+    os.environ['no_proxy'] = os.environ['NO_PROXY'] = direct
     with tempfile.TemporaryDirectory(prefix='timm-gsa-demo-') as folder:
         os.environ['GRADIO_TEMP_DIR'] = folder
         from ._page import Page, launch

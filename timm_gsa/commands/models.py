@@ -70,7 +70,8 @@ def source_of_weights(name: str) -> str:
         return f'in the package ({config.tag})'
     if config.hf_hub_id:
         return f'Hugging Face Hub: {config.hf_hub_id}'
-    return family_of(name).weights or '-'
+    family = family_of(name)
+    return family.weights if family.weights and name in family.reported else '-'
 
 
 def amount(count: int) -> str:

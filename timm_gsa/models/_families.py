@@ -37,7 +37,7 @@ class Family:
         reported: ImageNet-1k top-1 in percent by model, as the paper reports it.
         reported_status: Source of `reported`; nothing of it was measured here.
         reported_confirmed: True if `reported` was read at the source. Tables show confirmed figures only.
-        weights: Where weights of the paper's size come from, one sentence.
+        weights: Where weights of the models in `reported` come from, one sentence.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Tables and the chart of BENCHMARKS.md, from what tools/measure/benchmark.py wrote into tools/measure/results/."""
+"""Tables and the chart of BENCHMARKS.md, from the results of tools/measure/benchmark.py in tools/measure/results/."""
 from __future__ import annotations
 
 import json
@@ -15,7 +15,7 @@ from timm_gsa.models._families import FAMILIES
 
 RESULTS = ROOT / 'tools' / 'measure' / 'results'
 BASE = 'resnet50'
-TEXTBOOK = ('unfold, einsum', 'plain', 'one-hot einsum', 'dense map', "torch's")  # rows of plain formulations
+TEXTBOOK = ('unfold, einsum', 'plain', 'one-hot einsum', 'dense map', "torch's")  # names of textbook forms
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def _times(ratio: float | None) -> str:
 
 
 def _merged(*names: str) -> dict[str, dict[str, Any]]:
-    """Rows of models of several runs by name, each with what it is over the run's first row and its plain form."""
+    """Rows of models of several runs by name, with speed over the textbook form and memory over the first row."""
     found: dict[str, dict[str, Any]] = {}
     for name in names:
         for rows in Result.read(name).groups().values():
@@ -98,7 +98,7 @@ def gpu_models() -> str:
 
 
 def _over_textbook(result: Result) -> dict[tuple[str, str], dict[str, float]]:
-    """Time and memory of our operations over their plain form, by operation and what ran."""
+    """Speed and memory of our operations over their textbook form, by operation and pass."""
     found = {}
     for group, rows in result.groups().items():
         plain = next((rows[name] for name in TEXTBOOK if name in rows), None)
@@ -161,7 +161,7 @@ def runs() -> str:
 
 
 def draw_operations(path: Path) -> None:
-    """Grouped chart: how much faster each kind of operation is than its plain form, the geometric mean of all sizes."""
+    """Grouped chart: speed of each kind of operation over its textbook form, geometric mean of all sizes."""
     from matplotlib.figure import Figure
 
     bars: dict[tuple[str, str, str], list[float]] = {}

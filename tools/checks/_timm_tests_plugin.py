@@ -1,16 +1,16 @@
-"""pytest plugin that aims timm's own tests/test_models.py at the models of this package.
+"""pytest plugin that runs timm's own tests/test_models.py on the models of this package.
 
 Loaded by `run_timm_tests.py`, which copies it beside timm's tests. Those are parametrized over the model registry or
 over a few named timm models. Before they are collected, this plugin
 
-* narrows `timm.list_models` and `timm.list_pretrained` to our models, and lets a `module=` filter that takes in timm's
-  `resnet` take in us: our models subclass timm's `ResNet`, the registry only knows them by another module;
-* aims general tests that are written for a few named timm models at ours (`AIMED`, `BODY`);
-* deselects what cannot speak about our models, each with its reason (`NOT_OURS`, `EXCUSED`);
-* seeds every test from its name and the seed of the run, so that a failure can be had again;
-* writes what became of every case, and which decisions are missing, to a report that `run_timm_tests.py` judges.
+* limits `timm.list_models` and `timm.list_pretrained` to our models; a `module=` filter that includes timm's `resnet`
+  includes ours, because such a filter selects models with features that all of ours have;
+* replaces the models of general tests that name a few timm models by ours (`AIMED`, `BODY`);
+* deselects tests that do not apply to our models, each with its reason (`NOT_OURS`, `EXCUSED`);
+* seeds every test from its name and the seed of the run, so that a failure can be repeated;
+* writes the outcome of every case, and missing decisions, to a report for `run_timm_tests.py`.
 
-The five tables below are the only places where a test of timm can be bent or left out.
+Only the five tables below change or leave out a test of timm.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ BODY: dict[str, str] = {
     "test_resnet_pruned_grad_checkpointing": "test_resnet",
 }
 
-# Tests that apply to a model with published weights only: the others have nothing to load.
+# Tests that apply only to models with published weights.
 NEEDS_WEIGHTS = frozenset({"test_model_features_pretrained", "test_model_load_pretrained"})
 
-# Tests (by name or pattern) that cannot speak about our models, and why.
+# Tests (by name or pattern) that do not apply to our models, and why.
 NOT_OURS: dict[str, str] = {
     "test_attention_bias_cache_*": "a cache of timm's EfficientFormer attention; nothing of ours is cached",
     "test_catavgmax_unsupported": "for models that refuse concatenated pooling; ours take it (test_head_hidden_size)",
@@ -67,7 +67,7 @@ NOT_OURS: dict[str, str] = {
     "test_eva_*": "the attention pooling of EVA",
     "test_eval_*attention*": "caches of attention biases in timm's transformers; nothing of ours is cached",
     "test_feature_getter_stage_ends_torchscript":
-        "timm's own ResNet fails it: TorchScript cannot compile its forward_intermediates, which ours inherit",
+        "timm's own ResNet fails it: TorchScript cannot compile its forward_intermediates",
     "test_gemma4_*": "the dictionary output of Gemma 4's encoder",
     "test_hybrid_vit_*": "the patch embedding of hybrid ViTs",
     "test_inception_v3_*": "the auxiliary classifier of Inception v3",
@@ -91,8 +91,8 @@ NOT_OURS: dict[str, str] = {
     "test_vit_*": "the encoders of timm's vision transformers",
 }
 
-# Functions that run for our models, but not for those whose names match the pattern, and why. Any other case that is
-# skipped, fails or does not run fails the whole run.
+# Test functions that do not apply to models whose names match the pattern, and why. Any other case that is skipped,
+# fails or does not run fails the whole run.
 EXCUSED: dict[tuple[str, str], str] = {
     ("test_forward_after_prune_intermediate_layers", "smlpnet*"):
         "expects the last map to be the features, as it is without a norm between them; sMLPNet has the authors' norm "
@@ -120,12 +120,12 @@ def our_models() -> list[str]:
 
 
 def reason_not_ours(function: str) -> str | None:
-    """The reason of `NOT_OURS` for a test function, None when it has none."""
+    """The reason of `NOT_OURS` for a test function, or None."""
     return next((reason for pattern, reason in NOT_OURS.items() if fnmatch.fnmatchcase(function, pattern)), None)
 
 
 def reason_excused(function: str, model: str) -> str | None:
-    """The reason of `EXCUSED` for a test function and a model, None when it has none."""
+    """The reason of `EXCUSED` for a test function and a model, or None."""
     for (excused, pattern), reason in EXCUSED.items():
         if excused == function and fnmatch.fnmatchcase(model, pattern):
             return reason
@@ -147,7 +147,7 @@ def _argnames(mark: pytest.Mark) -> list[str]:
 
 
 class Aim:
-    """The plugin proper: `models` are the registered names to test, `report` the file to write."""
+    """The plugin: `models` are the registered names to test, `report` is the file to write."""
 
     def __init__(self, models: Sequence[str], seed: int, report: Path):
         self.models = list(models)
@@ -174,7 +174,7 @@ class Aim:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_pycollect_makeitem(self, name: str, obj: Any) -> None:
-        """Aims a function before pytest expands its parameters."""
+        """Replace the models of a function before pytest expands its parameters."""
         if name in AIMED:
             marks = []
             for mark in obj.pytestmark:
@@ -189,7 +189,7 @@ class Aim:
 
     @pytest.fixture
     def model_in_body(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        """Gives the requested model to a test that asks `create_model` for the one named in its body."""
+        """Makes `create_model` return the requested model for the name in the test's body."""
         named, create_model, replaced = BODY[request.function.__name__], request.module.create_model, []
 
         def create(model_name: str, *args: Any, **kwargs: Any) -> Any:
@@ -200,12 +200,12 @@ class Aim:
 
         monkeypatch.setattr(request.module, "create_model", create)
         yield
-        # without this the test would go on speaking about timm's model
+        # otherwise the test would run on timm's model
         assert replaced, f"{request.function.__name__} no longer creates {named!r}: its entry in BODY must follow"
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        """Keeps what applies to our models and records why the rest does not, before -k and the like see it."""
+        """Keep what applies to our models and record why the rest does not, before -k is applied."""
         kept, dropped = [], []
         for item in items:
             function = getattr(item, "originalname", item.name)
@@ -245,13 +245,13 @@ class Aim:
         case = self.cases[report.nodeid]
         case["seconds"] += report.duration
         if report.when == "call" or report.outcome != "passed":
-            # setup and teardown only speak when they go wrong; a failure is never painted over by what follows
+            # setup and teardown count only if they fail; a failure is never overwritten
             case["outcome"] = "failed" if "failed" in (case["outcome"], report.outcome) else report.outcome
             if report.outcome == "skipped":
                 case["message"] = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
 
     def missing(self) -> list[tuple[str, str]]:
-        """Pairs of a function that runs for some of our models and a model that it does not reach."""
+        """Pairs of a function that runs for some of our models and a model that it does not run for."""
         reached = {(c["function"], c["model"]) for c in self.cases.values()}
         pairs = []
         for function in sorted({f for f, _ in reached}):

@@ -1,12 +1,12 @@
-"""Print the table of other libraries in tests/interop/README.md, as the tests left it, or check or renew it there.
+"""Print the table of other libraries in tests/interop/README.md from a run of the tests, or check or renew it.
 
     python tools/checks/interop_table.py                    # run `pytest -m interop`, print
-    python tools/checks/interop_table.py --check            # ... exit 1 where the file differs in more than versions
+    python tools/checks/interop_table.py --check            # ... exit 1 if the file differs in more than versions
     python tools/checks/interop_table.py --write            # ... put the table into the file
-    python tools/checks/interop_table.py --junit FILE ...   # of a run of before, by `pytest -m interop --junitxml=FILE`
+    python tools/checks/interop_table.py --junit FILE ...   # from the report of `pytest -m interop --junitxml=FILE`
 
-A test names its row by `record`; tests that agree share one, and tests that name none count only when they fail. A test
-whose library does not work untouched sets the property `result` to what is needed.
+A test names its row by `record`. Tests with equal cells share a row; tests without a row count only if they fail. Tests
+whose library does not work untouched set the property `result` to what is needed.
 """
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class ReportError(Exception):
 
 
 def record(record_property: Callable[[str, object], None], library: str, did: str, model: str) -> None:
-    """Name the row of the table that a test stands for; to be called before the test skips for want of the library.
+    """Name the row of a test. Call it before the test skips because the library is missing.
 
     Args:
         record_property: pytest's fixture.
-        library: Name by which pip knows the library.
-        did: What the test does with it, in Markdown.
+        library: Name of the library for pip.
+        did: What the test does, in Markdown.
         model: Name of a tiny model.
 
     Raises:
@@ -59,7 +59,7 @@ def table(report: Path) -> str:
     """The table in Markdown.
 
     Args:
-        report: What pytest wrote for `--junitxml`.
+        report: File written by pytest's `--junitxml`.
 
     Raises:
         ReportError: A test failed, or there are no rows.
@@ -94,7 +94,7 @@ def without_versions(text: str) -> str:
 
 
 def _run_tests(folder: Path) -> Path:
-    """Runs the tests; gives the report, which is in `folder`. Raises ReportError where they do not pass."""
+    """Run the tests and return their report, a file in `folder`. Raises ReportError if they fail."""
     report = folder / 'interop.xml'
     command = [sys.executable, '-m', 'pytest', '-m', 'interop', f'--junitxml={report}']
     status = subprocess.run(command, cwd=ROOT, stdout=sys.stderr).returncode

@@ -2,18 +2,16 @@
 """Run timm's own model tests on the models of this package.
 
 Fetches the source archive of the installed timm release with pip (once, into the user's cache folder), unpacks its
-tests alone into a temporary folder and runs tests/test_models.py there, aimed at our models by
-`_timm_tests_plugin.py`. The tables in that file name every test of timm that is bent or left out, and why; what is left
-out is printed with each run.
+tests into a temporary folder and runs tests/test_models.py there on our models, by `_timm_tests_plugin.py`. The tables
+in that file name every test of timm that is changed or left out, with the reason, which is printed with each run.
 
     python tools/checks/run_timm_tests.py                      # the tiny models and the smallest real one of each kind
     python tools/checks/run_timm_tests.py --all                # every registered model
     python tools/checks/run_timm_tests.py 'san*' --repeat 3    # chosen models, with three seeds
     python tools/checks/run_timm_tests.py gsa_resnet26 -- -k backward -x
 
-A run is good when every applicable test ran and passed for every chosen model. A skip, a test that did not run, a test
-of a new timm release that the tables say nothing about, or fewer test functions than that release is known to have for
-one model, is a failure as much as a failed test.
+A run is good if every applicable test ran and passed for every chosen model. A skip, a test that did not run, a test of
+a new timm release that the tables do not name, and fewer test functions than the release has are failures too.
 
 Exit status: 0 good, 1 not good, 2 a wrong argument or an unusable archive, 3 the archive could not be fetched.
 """
@@ -46,8 +44,8 @@ from timm_gsa.models._families import FAMILIES
 PLUGIN = Path(__file__).with_name("_timm_tests_plugin.py")
 DEFAULT_MODELS = tuple(name for family in FAMILIES for name in (*family.tiny, *family.smallest))
 
-# Test functions that each model gets at least, counted with the excused ones and without those that need weights, from
-# that timm release on.
+# Least number of test functions for each model, counted with the excused ones and without those that need weights,
+# from that timm release on.
 MINIMUM_FUNCTIONS: dict[tuple[int, ...], int] = {(1, 0, 21): 11, (1, 0, 31): 28}
 
 VERSION_FILE = "timm/version.py"
@@ -60,7 +58,7 @@ filterwarnings =
 
 
 class ArchiveError(Exception):
-    """The archive is not what it should be."""
+    """The archive is not usable."""
 
 
 class FetchError(Exception):
@@ -107,18 +105,18 @@ def read_tests(archive: Path, version: str) -> dict[str, bytes]:
 
 
 def fetch_archive(version: str, folder: Path) -> Path:
-    """Give the source archive of a timm release, from `folder` or else by pip into it.
+    """Return the source archive of a timm release, from `folder` or by pip.
 
     Args:
         version: The release.
-        folder: Where archives are kept; made when missing.
+        folder: Folder of archives; created if missing.
 
     Returns:
         Path of the archive, checked by `read_tests`.
 
     Raises:
-        ArchiveError: What pip brought is not that release.
-        FetchError: pip could not bring it.
+        ArchiveError: The downloaded archive is not that release.
+        FetchError: pip could not download it.
     """
     target = folder / f"timm-{version}.tar.gz"
     if target.exists():
@@ -130,8 +128,7 @@ def fetch_archive(version: str, folder: Path) -> Path:
     print(f"fetching the source archive of timm {version} with pip", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        # pip asks the build backend of a source archive for its metadata even where it shall only download it. It
-        # brings that backend along; with --no-build-isolation it would have to be installed beforehand.
+        # Even for a download pip runs the build backend, which it installs for that.
         command = [
             sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--quiet",
             "--no-deps", "--no-binary", "timm", "--dest", temporary, f"timm=={version}",
@@ -215,7 +212,7 @@ def functions_of(report: dict[str, Any], model: str) -> set[str]:
 
 
 def judge(status: int, report: dict[str, Any] | None, version: str) -> list[str]:
-    """Say what keeps a run from being good.
+    """Problems of a run.
 
     Args:
         status: Exit status of pytest.
@@ -256,7 +253,7 @@ def judge(status: int, report: dict[str, Any] | None, version: str) -> list[str]
 
 
 def summarize(report: dict[str, Any]) -> str:
-    """The table of a run: what was run for each model and how it went."""
+    """Table of a run: number of cases and outcomes for each model."""
     outcomes = ("passed", "failed", "skipped", "not run")
     lines = [f"{'model':24}{'functions':>10}{'cases':>8}" + "".join(f"{o:>9}" for o in outcomes) + f"{'seconds':>9}"]
     for model in report["models"]:
@@ -272,7 +269,7 @@ def summarize(report: dict[str, Any]) -> str:
 
 
 def left_out(report: dict[str, Any]) -> str:
-    """What was left out of timm's tests, with the reasons."""
+    """List of timm's tests that were left out, with reasons."""
     lines = [f"{len(report['left_out'])} of timm's {len(report['functions'])} test functions left out:"]
     lines += _by_reason(report["left_out"])
     lines.append(f"{len(report['excused'])} cases of the other functions left out:")
