@@ -124,11 +124,11 @@ def create(families: dict[str, dict[str, Any]]) -> Callable[..., Any]:
                     module.weight.uniform_(0.5, 1.)
                     module.bias.uniform_(-0.2, 0.2)
                     module.momentum = 1.  # of batch norm: its statistics are those of the next batch
-            x = torch.randn(8, 3, 64, 64)
-            model.train()(x)
-            # Logits differ from image to image by 0.1 at least. Those of DC-AC would not: each gate divides by the
+            model.train()(torch.randn(8, 3, 64, 64))
+            # Logits differ from image to image by 0.1 or more. Those of DC-AC would not: each gate divides by the
             # number of its channels.
-            model.fc.weight.div_(min(model.eval()(x).std(0).mean().item() / 0.1, 1.))
+            spread = model.eval()(torch.randn(8, 3, 64, 64)).std(0).mean().item()
+            model.fc.weight.div_(min(spread / 0.1, 1.))
         return model.state_dict()
 
     def create(name: str, fresh: bool = False, **kwargs: Any) -> Any:
