@@ -124,10 +124,10 @@ def create(families: dict[str, dict[str, Any]]) -> Callable[..., Any]:
                     module.weight.uniform_(0.5, 1.)
                     module.bias.uniform_(-0.2, 0.2)
                     module.momentum = 1.  # batch norm takes the statistics of the next batch
-            x = torch.randn(8, 3, 64, 64)
-            model.train()(x)
+            model.train()(torch.randn(8, 3, 64, 64))
             # Logits of DC-AC hardly differ between images, as each gate divides by its channels: scaled to 0.1 or more.
-            model.get_classifier().weight.div_(min(model.eval()(x).std(0).mean().item() / 0.1, 1.))
+            spread = model.eval()(torch.randn(8, 3, 64, 64)).std(0).mean().item()
+            model.get_classifier().weight.div_(min(spread / 0.1, 1.))
         return model.state_dict()
 
     def create(name: str, fresh: bool = False, **kwargs: Any) -> Any:

@@ -212,15 +212,13 @@ class SMLPNet(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups for layer-wise learning rates: the patches of the image, then stages (coarse) or blocks."""
+        blocks: list[tuple[str, tuple[int] | None]] = [
+            (r'^stages\.(\d+)\.downsample', (0,)),
+            (r'^stages\.(\d+)\.blocks\.(\d+)', None),
+        ]
         if coarse:
-            blocks: Any = r'^stages\.(\d+)'
-        else:
-            blocks = [
-                (r'^stages\.(\d+)\.downsample', (0,)),
-                (r'^stages\.(\d+)\.blocks\.(\d+)', None),
-                (r'^norm', (99999,)),
-            ]
-        return dict(stem=r'^stages\.0\.downsample', blocks=blocks)
+            blocks = [(r'^stages\.(\d+)', None)]
+        return dict(stem=r'^stages\.0\.downsample', blocks=[*blocks, (r'^norm', (99999,))])
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
