@@ -192,13 +192,13 @@ class SAN(ResNet):
                 dilation *= 2
                 halves = False
             stride *= 2 if halves else 1
-            modules = OrderedDict(
+            modules: OrderedDict[str, nn.Module] = OrderedDict(
                 pool=pool() if halves else nn.Identity(),
                 proj=nn.Conv2d(previous, dim, kernel_size=1, bias=False, **dd),
             )
             for number in range(depth):
                 modules[f'block{number}'] = block(
-                    dim, kernel_size=kernel_size, dilation=dilation, drop_path=rates.pop(0))
+                    dim=dim, kernel_size=kernel_size, dilation=dilation, drop_path=rates.pop(0))
             if stage == 0:
                 for name, module in modules.items():
                     self.conv1.add_module(name, module)

@@ -356,7 +356,7 @@ def allows_tf32() -> bool:
         return matmul.allow_tf32
     precision = matmul.fp32_precision
     if precision == 'none':  # inherits the setting of all backends
-        precision = torch.backends.fp32_precision
+        precision = torch.backends.fp32_precision  # type: ignore[attr-defined]
     return precision == 'tf32'
 
 

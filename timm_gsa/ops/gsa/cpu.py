@@ -181,13 +181,13 @@ def layer(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 def layer_arguments(layer: Any, x: torch.Tensor) -> tuple[Any, ...]:
     """Arguments of `timm_gsa.ops.global_attention` that compute a layer."""
-    tables = (plain_table(table, size) for table, size in zip((layer.rel_h, layer.rel_w), x.shape[-2:], strict=True))
+    tables = (fitted_table(table, size) for table, size in zip((layer.rel_h, layer.rel_w), x.shape[-2:], strict=True))
     affine = affine_of(layer.norm)
     assert affine is not None
     return x, layer.qkv.weight[:, :, 0, 0], layer.qkv.bias, *tables, *affine, layer.stride, layer.query_norm
 
 
-def plain_table(table: torch.Tensor, length: int) -> torch.Tensor:
+def fitted_table(table: torch.Tensor, length: int) -> torch.Tensor:
     """The table of a layer for an axis of this length."""
     return table if statically_true(table.shape[0] == 2 * length - 1) else plain.resize_relative_table(table, length)
 
