@@ -292,6 +292,16 @@ class TestKernels(Interpreted):
             got = kernels.content(q, k, v), *kernels.content_backward(g, q, k, v)
             assert_near(got, exact(plain_content, query, key, value, grad), torch.float32)
 
+    def test_gradients_may_be_expanded(self) -> None:
+        kernels = importlib.import_module(KERNELS)
+        (query, key, value, _), _, _ = case(1, 4, (2, 3), "last", torch.float32)
+        grad = torch.randn(2, 1, 4, 1, 1).expand_as(value)
+        got = kernels.content(query, key, value), *kernels.content_backward(grad, query, key, value)
+        assert_near(got, exact(plain_content, query, key, value, grad), torch.float32)
+        rows = grad[..., :1] * torch.arange(1., 3.)[:, None]
+        got = kernels.content(query, key, value), *kernels.content_backward(rows.expand_as(value), query, key, value)
+        assert_near(got, exact(plain_content, query, key, value, rows.expand_as(value)), torch.float32)
+
     def test_take_no_images(self) -> None:
         kernels = importlib.import_module(KERNELS)
         (query, key, value, grad), table, _ = case(2, 4, (3, 3), "last", torch.float32)

@@ -532,38 +532,43 @@ class _Maps(NamedTuple):
 def _lines_of(**maps: torch.Tensor) -> _Maps:
     """For a kernel of axial steps. Maps are named by their prefixes in the kernel."""
     strides: list[int] = []
-    constants: dict[str, Any] = {'INDEX': _index(*maps.values())}
+    constants: dict[str, Any] = {}
+    largest = max(x[:, :, 0].numel() for x in maps.values())  # number of a line
     for name, x in maps.items():
-        layout = layout_of(x, (1, 2) if _is_unit(x) else ())
+        unit = _is_unit(x)
+        layout = layout_of(x, (1, 2) if unit else ())
         strides += layout.steps
-        constants |= {f'{name}_UNIT': _is_unit(x), f'{name}_V': layout.factor}
-    return _Maps(strides, constants)
+        constants |= {f'{name}_UNIT': unit, f'{name}_V': layout.factor}
+        largest = max(largest, layout.span)
+    return _Maps(strides, constants | {'INDEX': _index(largest)})
 
 
 def _pixels_of(**maps: torch.Tensor) -> _Maps:
     """For a kernel of the content branch."""
     strides: list[int] = []
-    constants: dict[str, Any] = {'INDEX': _index(*maps.values())}
+    constants: dict[str, Any] = {}
+    largest = 0
     for name, x in maps.items():
         order = 'any'
         if x.stride(3) == x.shape[4] * x.stride(4):  # rows follow one another
             order = 'channels' if _is_unit(x) else 'positions' if x.stride(4) == 1 else 'any'
-            x = x.flatten(3).unsqueeze(3)  # a single row, of which the kernel asks for no other stride
+        if order != 'any':
+            x = x.flatten(3).unsqueeze(3)  # a single row, as the kernel takes it
         layout = layout_of(x, {'channels': (1, 2), 'positions': (3, 4), 'any': ()}[order])
         strides += layout.steps
         constants |= {f'{name}_ORDER': order, f'{name}_V': layout.factor}
-    return _Maps(strides, constants)
+        largest = max(largest, layout.span)
+    return _Maps(strides, constants | {'INDEX': _index(largest)})
+
+
+def _index(largest: int) -> Any:
+    """Type of numbers up to this one, and of some more beyond the borders of maps."""
+    return tl.int32 if largest < 2 ** 30 else tl.int64
 
 
 def _is_unit(x: torch.Tensor) -> bool:
     """True if the channels of all heads lie one after another in memory."""
     return x.stride(2) == 1 and x.stride(1) == x.shape[2]
-
-
-def _index(*maps: torch.Tensor) -> Any:
-    """Type of offsets within an image, and of numbers of lines."""
-    lines = maps[0][:, :, 0].numel()
-    return tl.int32 if max(lines, *(layout_of(x).span for x in maps)) < 2 ** 30 else tl.int64
 
 
 def _precision() -> str:
@@ -665,9 +670,8 @@ def _embedding(table: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Te
     depth, padded = table.shape[1], triton.cdiv(length, _TILE) * _TILE
     out = table.new_empty(depth, padded, padded, dtype=dtype)
     count, each = out.numel(), 1024
-    index = tl.int32 if count < 2 ** 30 else tl.int64
     _unfold[grid_of(triton.cdiv(count, each))](
-        table.contiguous(), out, count, length, padded, DEPTH=depth, N=each, INDEX=index)
+        table.contiguous(), out, count, length, padded, DEPTH=depth, N=each, INDEX=_index(count))
     return out
 
 
