@@ -142,8 +142,8 @@ class GlobalSelfAttention(nn.Module):
         if self.rel_h is None or self.rel_w is None:
             return self._pool(content_attention(query, parts[1], value))
         height, width = x.shape[-2:]
-        rel_h = resize_relative_table(self.rel_h, height).to(query.dtype)
-        rel_w = resize_relative_table(self.rel_w, width).to(query.dtype)
+        rel_h = resize_relative_table(self.rel_h, height)
+        rel_w = resize_relative_table(self.rel_w, width)
         column = self.norm(column_attention(query, value, rel_h).reshape(x.shape)).reshape(value.shape)
         if self.branches == 'position':
             return self._pool(row_attention(query, column, rel_w))

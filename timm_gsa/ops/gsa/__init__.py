@@ -59,7 +59,7 @@ def column_attention(query: torch.Tensor, value: torch.Tensor, table: torch.Tens
         query: Tensor of shape (B, heads, d, H, W).
         value: Tensor of shape (B, heads, e, H, W).
         table: Embeddings of shape (2 * H - 1, d), shared by the heads; row r belongs to the offset r - (H - 1) of the
-            neighbour from the position itself.
+            neighbour from the position itself. They are rounded to the dtype of `query` where they are multiplied.
 
     Returns:
         Tensor of shape (B, heads, e, H, W).

@@ -31,7 +31,7 @@ def normalised_key(key: torch.Tensor) -> torch.Tensor:
 def column_attention(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Column attention with the logits of all positions."""
     position = torch.arange(query.shape[-2], device=table.device)
-    embedding = table[position[None, :] - position[:, None] + query.shape[-2] - 1]  # (L, L, d), [x, i]
+    embedding = table.to(query.dtype)[position[None, :] - position[:, None] + query.shape[-2] - 1]  # (L, L, d), [x, i]
     logits = torch.einsum('bhdxy,xid->bhyxi', query, embedding)
     return torch.einsum('bhyxi,bheiy->bhexy', logits, value)
 

@@ -74,56 +74,13 @@ def aggregation(value: torch.Tensor, weight: torch.Tensor, kernel_size: int, dil
 # The networks, by rows.
 
 
-_NETWORKS = define_networks('', lambda: rows, ('CPU',), torch.preserve_format, groups_innermost=False)
+difference_network, normed_difference_network, patch_network = define_networks(
+    '', lambda: rows, ('CPU',), torch.preserve_format, groups_innermost=False)
 
 
 def why_not_network(*args: Any) -> str | None:
     """Why a network cannot go by rows."""
     return why_not_cpu(*(x for x in args if isinstance(x, torch.Tensor)))
-
-
-def difference_network(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        weight1: torch.Tensor,
-        bias1: torch.Tensor,
-        weight2: torch.Tensor,
-        bias2: torch.Tensor,
-        kernel_size: int,
-        dilation: int,
-) -> torch.Tensor:
-    padded = reflect_pad(key, same_padding(kernel_size, dilation))
-    return _NETWORKS.difference(
-        query, padded, weight1, torch.ones_like(bias1), bias1, weight2, bias2, None, kernel_size, dilation)[0]
-
-
-def normed_difference_network(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        weight1: torch.Tensor,
-        scale: torch.Tensor,
-        shift: torch.Tensor,
-        eps: float,
-        weight2: torch.Tensor,
-        bias2: torch.Tensor,
-        kernel_size: int,
-        dilation: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    padded = reflect_pad(key, same_padding(kernel_size, dilation))
-    return _NETWORKS.difference(
-        query, padded, weight1, scale, shift, weight2, bias2, eps, kernel_size, dilation)[:3]
-
-
-def patch_network(
-        key: torch.Tensor,
-        scale: torch.Tensor,
-        shift: torch.Tensor,
-        weight: torch.Tensor,
-        kernel_size: int,
-        dilation: int,
-) -> torch.Tensor:
-    padded = reflect_pad(key, same_padding(kernel_size, dilation))
-    return _NETWORKS.patch(padded, scale, shift, weight, kernel_size, dilation)
 
 
 # The weights of a layer, by rows.
