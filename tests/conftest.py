@@ -21,10 +21,10 @@ if workers := os.environ.get('PYTEST_XDIST_WORKER_COUNT'):
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 from timm_gsa.commands.models import registered as registered_models  # noqa: E402
-from timm_gsa.models._families import FAMILIES, tiny_models  # noqa: E402
+from timm_gsa.models._families import FAMILIES, Family, family_of, tiny_models  # noqa: E402
 
 # One tiny and one real model of each kind. The real ones run on the meta device only.
-TINY = tiny_models()
+TINY = tiny_models(untrained=True)
 SMALLEST = tuple(name for family in FAMILIES for name in family.smallest)
 ALL = tuple(registered_models())
 
@@ -57,6 +57,12 @@ def ours(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(params=tiny_models())
+def pretrained(request: pytest.FixtureRequest) -> str:
+    """Name of a tiny model of each kind that has weights in the package."""
+    return request.param
+
+
 @pytest.fixture(params=(*TINY, CONTROL))
 def name(request: pytest.FixtureRequest) -> str:
     """Name of a tiny model of each kind, and of timm's own ResNet."""
@@ -79,6 +85,14 @@ def registered(request: pytest.FixtureRequest) -> str:
 def families() -> dict[str, dict[str, Any]]:
     """Values of the fixture `name`, with the arguments by which `create` makes a tiny model of each."""
     return {**{name: {} for name in TINY}, CONTROL: CONTROL_SHAPE}
+
+
+@pytest.fixture
+def family(request: pytest.FixtureRequest) -> Family:
+    """Record of the model that the test is about; timm's own ResNet can do what GSA-ResNet can."""
+    [about] = {'name', 'ours', 'real', 'registered'} & set(request.fixturenames)
+    model = request.getfixturevalue(about)
+    return family_of('gsa_resnet' if model == CONTROL else model)
 
 
 @pytest.fixture
@@ -111,6 +125,9 @@ def create(families: dict[str, dict[str, Any]]) -> Callable[..., Any]:
                     module.bias.uniform_(-0.2, 0.2)
                     module.momentum = 1.  # batch norm takes the statistics of the next batch
             model.train()(torch.randn(8, 3, 64, 64))
+            # Logits of DC-AC hardly differ between images, as each gate divides by its channels: scaled to 0.1 or more.
+            spread = model.eval()(torch.randn(8, 3, 64, 64)).std(0).mean().item()
+            model.get_classifier().weight.div_(min(spread / 0.1, 1.))
         return model.state_dict()
 
     def create(name: str, fresh: bool = False, **kwargs: Any) -> Any:

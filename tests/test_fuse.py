@@ -92,6 +92,33 @@ def test_watched_parts_stay(watched, images):
     assert norms(fused) == [watched.replace('conv', 'bn')]
 
 
+@pytest.mark.parametrize('path', ['layer2.0.conv2', 'layer2.0.conv2.conv', 'layer2.0.conv2.proj', 'layer2.0.bn2'])
+@pytest.mark.parametrize('change', ['patched forward', 'parametrization', 'another class'])
+def test_changed_parts_stay(path, change, images):
+    model = lively(timm.create_model('priorattn_resnet_tiny', dtype=torch.float64))
+    module = model.get_submodule(path)
+    if change == 'patched forward':
+        forward = module.forward
+        module.forward = lambda x: forward(x).abs()
+    elif change == 'parametrization':
+        part = module if hasattr(module, 'weight') else module.value
+        nn.utils.parametrize.register_parametrization(part, 'weight', Doubled())
+    else:
+        module.__class__ = type(f'Other{type(module).__name__}', (type(module),), {'forward': absolute(type(module))})
+    fused = timm_gsa.fuse(model.eval())
+    torch.testing.assert_close(fused(images), model(images))
+    assert norms(fused) == ['layer2.0.bn2']
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def absolute(kind):
+    return lambda self, x: kind.forward(self, x).abs()
+
+
 @pytest.mark.parametrize('replace', [
     lambda model: setattr(model, 'bn1', nn.GroupNorm(1, model.bn1.num_features).double()),
     lambda model: setattr(model, 'bn1', nn.BatchNorm2d(model.bn1.num_features, track_running_stats=False).double()),

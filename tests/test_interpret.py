@@ -10,11 +10,26 @@ from timm.layers import freeze_batch_norm_2d
 from torch import nn
 
 from timm_gsa import attention_maps, attention_rollout
-from timm_gsa.interpret import GaussianMaps, GlobalMaps, NeighbourhoodMaps
-from timm_gsa.layers import GlobalSelfAttention, PairwiseAttention, PatchwiseAttention, PriorAttention
+from timm_gsa.interpret import AxialMaps, CondenserMaps, GateMaps, GaussianMaps, GlobalMaps, NeighbourhoodMaps
+from timm_gsa.layers import (
+    AttentionCondenser,
+    GlobalSelfAttention,
+    PairwiseAttention,
+    PatchwiseAttention,
+    PriorAttention,
+    SparseMLP,
+)
+from timm_gsa.models._families import tiny_models
+from timm_gsa.models.dcac import CondenserBlock
 from timm_gsa.ops import column_attention, content_attention, normalise_query, row_attention
 
 LAYERS = (GlobalSelfAttention, PairwiseAttention, PatchwiseAttention, PriorAttention)
+
+
+@pytest.fixture(params=tiny_models(attention=True))
+def ours(request):
+    """Name of a tiny model of each kind of attention."""
+    return request.param
 
 
 def attention_layers(model):
@@ -115,6 +130,84 @@ def test_every_map_of_gsa_is_the_step_it_stands_for(size, stride, query_norm):
         torch.testing.assert_close(applied(weight, source).flatten(1, 2), pooled(step).flatten(2))
     position = maps.scale[:, None] * applied(maps.position, value).flatten(1, 2) + maps.constant
     torch.testing.assert_close(position, pooled(row).flatten(2))
+
+
+@pytest.mark.parametrize('size', [(4, 4), (3, 5), (1, 1)])
+def test_maps_of_sparse_mlp_are_a_row_and_a_column_of_its_matrices(size):
+    layer = SparseMLP(6, (4, 4)).double().eval()
+    randomise_norms(layer)
+    x = torch.randn(2, 6, *size, dtype=torch.float64)
+    maps, = attention_maps(nn.Sequential(layer).eval(), x, centres(size, size)).values()
+    assert isinstance(maps, AxialMaps) and set(maps.maps) == {'row', 'column'} and not maps.normalised
+    assert all(weight.shape == (2, 1, size[0] * size[1], *size) for weight in maps.maps.values())
+    with torch.no_grad():
+        value = layer.act(layer.norm(x))
+        torch.testing.assert_close(layer.fuse(maps.attend(value).unflatten(-1, size)), layer(x))
+    for point, (row, column) in enumerate(maps.cells.tolist()):
+        outside = maps.row[0, 0, point].clone()
+        outside[row] = 0
+        assert not outside.any()
+        torch.testing.assert_close(maps.row[0, 0, point, row], layer.width.matrix(size[1])[column].detach())
+        torch.testing.assert_close(maps.column[1, 0, point, :, column], layer.height.matrix(size[0])[row].detach())
+        assert int((maps.column[0, 0, point] != 0).sum()) <= size[0]
+
+
+def test_maps_of_a_whole_smlpnet_give_what_fuse_takes():
+    torch.manual_seed(0)
+    model = timm.create_model('smlpnet_mini', dtype=torch.float64).eval()
+    images = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    seen = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, SparseMLP):
+            layer.act.register_forward_hook(lambda module, args, output, name=name: seen.update({name: [output]}))
+            layer.fuse.register_forward_hook(lambda module, args, output, name=name: seen[name].append(args[0]))
+    points = [(0, 0), (70, 40)]
+    maps = attention_maps(model, images, points)
+    assert list(maps) == list(seen) != []
+    for name, (value, fused) in seen.items():
+        cells = maps[name].cells
+        assert maps[name].feat_size == value.shape[-2:]
+        torch.testing.assert_close(maps[name].attend(value), fused[..., cells[:, 0], cells[:, 1]])
+
+
+def test_gates_of_dcac_give_the_blocks_own_output():
+    torch.manual_seed(0)
+    model = timm.create_model('dcac_mini', dtype=torch.float64).eval()
+    randomise_norms(model)
+    images = torch.randn(2, 3, 64, 80, dtype=torch.float64)
+    gated = {
+        name: module for name, module in model.named_modules()
+        if isinstance(module, CondenserBlock) and module.downsample is not None
+    }
+    seen = {}
+    for name, block in gated.items():
+        block.downsample.register_forward_hook(
+            lambda module, args, output, name=name: seen.setdefault(name, []).append(output))
+        block.register_forward_hook(lambda module, args, output, name=name: seen[name].append(output))
+    maps = attention_maps(model, images, [(5, 5), (79, 63)])
+    assert list(maps) == list(gated) and len(gated) == 4
+    for name, (value, output) in seen.items():
+        gate = maps[name]
+        assert isinstance(gate, GateMaps) and gate.feat_size == value.shape[-2:]
+        assert (gate.gate > 0).all()
+        torch.testing.assert_close(gate.gate.sum(1), torch.ones_like(gate.gate[:, 0]))
+        expected = output[..., gate.cells[:, 0], gate.cells[:, 1]]
+        torch.testing.assert_close(gated[name].act(gate.attend(value)), expected)
+        weight = gate.maps['gate']
+        assert weight.shape == (*value.shape[:2], 2, *value.shape[2:])
+        torch.testing.assert_close(torch.einsum('bcphw,bchw->bcp', weight, value), gate.attend(value))
+
+
+@pytest.mark.parametrize('size', [(1, 1), (5, 6)])
+def test_maps_of_a_condenser_give_its_own_output(size):
+    layer = AttentionCondenser(4, scale=0.3).double()
+    x = torch.randn(2, 4, *size, dtype=torch.float64)
+    maps, = attention_maps(nn.Sequential(layer).eval(), x, centres(size, size)).values()
+    assert isinstance(maps, CondenserMaps)
+    with torch.no_grad():
+        torch.testing.assert_close(maps.attend(x), layer(x).flatten(2))
+        torch.testing.assert_close(maps.attention, layer.attention(x))
+    torch.testing.assert_close(maps.maps['scale'].sum((-2, -1)), torch.full((2, 1, size[0] * size[1]), 0.3).double())
 
 
 @pytest.mark.parametrize('kind, dilation', [
@@ -393,6 +486,10 @@ def test_rollout_refuses_networks_in_which_convolutions_mix_positions(create):
         attention_rollout(create('priorattn_resnet_tiny').eval(), images)
     with pytest.raises(ValueError, match='but layer2.0.conv2 is a convolution'):
         attention_rollout(create('gsa_resnet_tiny', attn_stages=(1, 4)).eval(), images)
+    with pytest.raises(ValueError, match='but layer 0 passes its input on beside the mixing'):
+        attention_rollout(nn.Sequential(SparseMLP(3, 8)).eval(), images)
+    with pytest.raises(ValueError, match='but layer layer1.0 has convolutions within its attention'):
+        attention_rollout(create('dcac_mini').eval(), images)
     late = attention_rollout(create('gsa_resnet_tiny', attn_stages=(3, 4)).eval(), images)
     assert late.shape == (1, 1, 8, 8)
 

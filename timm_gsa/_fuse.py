@@ -8,10 +8,10 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .layers import PairwiseAttention, PriorAttention
-from .layers._norm import affine_of, watched
 from .models.dcac import CondenserBlock
 from .models.san import SANBlock, SANStem
 from .models.smlpnet import SMLPBlock
+from .ops._backend import affine_of, why_not_untouched
 
 __all__ = ['fuse']
 
@@ -26,7 +26,8 @@ def fuse(model: Model) -> Model:
     The norm of a `SparseMLP` goes into the depthwise convolution before it.
     Kept are norms that act before an activation or a residual sum only, the one between the two steps of
     `GlobalSelfAttention` and the one after it, as its output has no bias, and those in and after
-    `PatchwiseAttention`, whose weights do not sum to 1. Parts that hooks watch are left as they are.
+    `PatchwiseAttention`, whose weights do not sum to 1. Parts that hooks watch, and those with a parametrization or
+    a patched `forward`, are left as they are.
 
     The copy gives the same outputs up to rounding, is no longer meant for training, and its state dict differs from
     that of the model: save the model, not the copy.
@@ -57,7 +58,7 @@ def _neighbours(module: nn.Module) -> list[tuple[str, str]]:
     """Names of children of which one is applied to what the other gives, and nothing else is."""
     if isinstance(module, SANBlock):
         return [('attn', 'norm2')]
-    if isinstance(module, SMLPBlock) and not watched(module.conv, module.mix):
+    if isinstance(module, SMLPBlock) and _untouched(module.conv, module.mix):
         return [('conv.conv', 'mix.norm')]
     if isinstance(module, ResNet):
         return [('conv1', 'bn1')]
@@ -73,21 +74,27 @@ def _neighbours(module: nn.Module) -> list[tuple[str, str]]:
 
 def _fold(layer: nn.Module, norm: nn.Module) -> bool:
     """Fold a norm into the layer before it; false, and nothing done, where that is not possible."""
+    if not _untouched(layer, norm):
+        return False
     if isinstance(layer, nn.Sequential) and len(layer) > 0:  # a stem of several convolutions
-        return not watched(*layer.modules()) and _fold(layer[-1], norm)
-    if type(norm) is not nn.BatchNorm2d or affine_of(norm) is None or watched(norm) or watched(*layer.modules()):
+        return _fold(layer[-1], norm)
+    if type(norm) is not nn.BatchNorm2d or affine_of(norm) is None:
         return False
     if type(layer) is nn.Conv2d:
         _fold_convolution(layer, norm, slice(None), slice(None))
-    elif isinstance(layer, PriorAttention):
+    elif type(layer) is PriorAttention and type(layer.conv) is type(layer.proj) is nn.Conv2d:
         split = layer.conv.out_channels
         _fold_convolution(layer.conv, norm, slice(None), slice(split))
         _fold_convolution(layer.proj, norm, slice(None), slice(split, None))
-    elif isinstance(layer, PairwiseAttention):
+    elif type(layer) is PairwiseAttention and type(layer.qkv) is nn.Conv2d:
         _fold_convolution(layer.qkv, norm, slice(2 * layer.dim_key, None), slice(None))
     else:
         return False
     return True
+
+
+def _untouched(*modules: nn.Module) -> bool:
+    return all(why_not_untouched(module) is None for module in modules)
 
 
 def _fold_convolution(conv: nn.Conv2d, norm: nn.BatchNorm2d, rows: slice, channels: slice) -> None:

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from timm_gsa.commands import convert_san, main
+from timm_gsa.commands import _convert, convert_san, main
 
 from ..san_fixtures import MANIFEST, golden, made_input, official_names, official_shapes, official_state
 
@@ -310,12 +310,12 @@ def test_command_line_that_cannot_work_is_refused(tmp_path, capsys, monkeypatch,
 
 
 def test_difference_found_by_verify_fails_and_leaves_nothing(place, weights, capsys, monkeypatch):
-    save_file = convert_san.save_file
+    save_file = _convert.save_file
 
     def save_another(tensors, *args, **kwargs):
         save_file({**tensors, 'fc.bias': tensors['fc.bias'] + 0.5}, *args, **kwargs)
 
-    monkeypatch.setattr(convert_san, 'save_file', save_another)
+    monkeypatch.setattr(_convert, 'save_file', save_another)
     torch.save(weights, place / 'best.pth')
     assert main([*arguments(place / 'best.pth', place / 'out'), '--verify']) == 1
     assert re.search(r'difference of the logits after conversion 0\.5\d*, should be 0\.0', capsys.readouterr().err)

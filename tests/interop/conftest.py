@@ -7,8 +7,15 @@ from huggingface_hub import constants
 from torch.nn import functional as F
 
 from timm_gsa import layers
+from timm_gsa.models._families import tiny_models
 
 OWN = tuple(getattr(layers, name) for name in layers.__all__)
+
+
+@pytest.fixture(params=tiny_models())
+def ours(request):
+    """Name of a tiny model of each kind that has weights."""
+    return request.param
 
 
 @pytest.fixture(autouse=True)

@@ -5,10 +5,19 @@ import functools
 import pytest
 import torch
 import torch.nn as nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 
 import timm_gsa
-from timm_gsa.layers import GlobalSelfAttention, PairwiseAttention, PatchwiseAttention, PriorAttention
+from timm_gsa.layers import (
+    AttentionCondenser,
+    GlobalSelfAttention,
+    PairwiseAttention,
+    PatchwiseAttention,
+    PriorAttention,
+    SparseMLP,
+)
+from timm_gsa.ops._backend import _GUARDS_CONTEXT
 
 LAYERS = {
     'gsa': functools.partial(GlobalSelfAttention, 8, (6, 5), num_heads=2),
@@ -22,7 +31,15 @@ LAYERS = {
     'patchwise 1': functools.partial(PatchwiseAttention, 8, dim_out=8, dim_key=2, kernel_size=1, num_groups=2),
     'prior': functools.partial(PriorAttention, 8, ratio=0.25),
     'prior stride 2': functools.partial(PriorAttention, 8, ratio=0.25, stride=2),
+    'sparse mlp': functools.partial(SparseMLP, 8, (6, 5)),
+    'condenser': functools.partial(AttentionCondenser, 8),
 }
+# Compilers take seconds: each layer is compiled in one mode, and one of each kind with every backend.
+COMPILED = [
+    ('gsa', True), ('gsa stride 2', False), ('gsa bare', False), ('gsa position', True), ('gsa content', False),
+    ('pairwise', True), ('pairwise 5', False), ('patchwise', False), ('patchwise 1', True),
+    ('prior', True), ('prior stride 2', False), ('sparse mlp', True), ('condenser', False),
+]
 BACKENDS = ['auto', 'cpu', 'reference']
 
 
@@ -123,7 +140,7 @@ def test_vmap_and_jacrev(name):
     torch.testing.assert_close(jacobian[0, 1], row)
 
 
-@pytest.mark.parametrize('train', [False, True])
+@pytest.mark.parametrize(('name', 'train'), COMPILED)
 def test_compiled(name, train):
     torch._dynamo.reset()
     layer = make(name, train)
@@ -136,14 +153,17 @@ def test_compiled(name, train):
     torch.testing.assert_close([out, *grads], expected[:1 + len(grads)])
 
 
+@pytest.mark.parametrize('name', ['gsa stride 2', 'pairwise', 'patchwise', 'prior', 'sparse mlp'])
 def test_compiled_code_follows_the_backend(name):
     torch._dynamo.reset()
     layer = make(name, False)
-    compiled = torch.compile(layer, backend='aot_eager', fullgraph=True)
+    counter = CompileCounterWithBackend('aot_eager')
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
     with torch.no_grad():
         expected = layer(image())
-        for backend in ('auto', 'torch', 'cpu', 'auto'):
+        for backend, graphs in (('auto', 1), ('reference', 2), ('auto', 2)):
             torch.testing.assert_close(by(backend, compiled, image()), expected)
+            assert counter.frame_count == graphs or not _GUARDS_CONTEXT
 
 
 @pytest.mark.parametrize('traced', [(6, 5), (9, 9)])

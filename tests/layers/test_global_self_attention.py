@@ -332,4 +332,4 @@ def test_explain_names_the_submodule_that_keeps_a_short_cut_out():
     with torch.no_grad():
         choices = explain(nn.Sequential(layer), x)['0']
     assert choices[0].operation == 'global_self_attention' and choices[0].form == 'torch'
-    assert choices[0].reasons == {'triton': 'not on a GPU', 'cpu': 'qkv has a hook'}
+    assert choices[0].reasons == {'triton': 'the tensors are not on a GPU', 'cpu': 'qkv has a hook'}

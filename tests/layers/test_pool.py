@@ -1,11 +1,15 @@
-"""Max pools against torch's own, whose results they must give to the bit."""
+"""Pools against torch's own, whose results they must give to the bit."""
 import pytest
 import torch
 from torch import nn
 
-from timm_gsa.layers._pool import HalvingMaxPool, OverlappingMaxPool, overlapping_average_pool
+from timm_gsa.layers._pool import HalvingAveragePool, HalvingMaxPool, OverlappingMaxPool, overlapping_average_pool
 
-PAIRS = [(HalvingMaxPool(), nn.MaxPool2d(2)), (OverlappingMaxPool(), nn.MaxPool2d(3, 2, 1))]
+PAIRS = [
+    (HalvingMaxPool(), nn.MaxPool2d(2)),
+    (HalvingAveragePool(), nn.AvgPool2d(2)),
+    (OverlappingMaxPool(), nn.MaxPool2d(3, 2, 1)),
+]
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
@@ -19,8 +23,9 @@ def test_pools_are_those_of_torch(pool, expected, size, layout, dtype):
         x = x.contiguous(memory_format=torch.channels_last)
     if layout == 'slices':
         x = x.repeat(1, 1, 2, 1)[:, :, ::2]
-    if isinstance(pool, HalvingMaxPool) and min(size) < 2:
-        with torch.no_grad(), pytest.raises(RuntimeError, match='too small'):
+    if not isinstance(pool, OverlappingMaxPool) and min(size) < 2:
+        height, width = size
+        with torch.no_grad(), pytest.raises(ValueError, match=f'maps must be at least 2 x 2, got {height} x {width}'):
             pool(x)
         return
     with torch.no_grad():

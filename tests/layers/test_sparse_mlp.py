@@ -154,6 +154,42 @@ def test_a_matrix_that_is_not_square_is_refused():
         SparseMLP(4, 7).load_state_dict(state)
 
 
+# Inference without a concatenation
+
+
+def join_of(made, x):
+    [choice] = [c for c in timm_gsa.explain(nn.Sequential(made), x)['0'] if c.operation == 'sparse_mlp_join']
+    return choice
+
+
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize('size', [(7, 7), (5, 9), (1, 1)])
+def test_joined_branches_are_those_of_the_convolution(size, layout):
+    torch.manual_seed(0)
+    made = SparseMLP(6, 7).double().eval()
+    x = torch.randn(3, 6, *size, dtype=torch.float64).contiguous(memory_format=layout)
+    with torch.no_grad():
+        assert join_of(made, x).form == 'cpu'
+        with timm_gsa.use_backend('torch'):
+            want = made(x)
+        torch.testing.assert_close(made(x), want, rtol=1e-12, atol=1e-12)
+
+
+def test_branches_are_joined_by_the_convolution_where_more_than_its_result_is_wanted():
+    made, x = SparseMLP(6, 7).eval(), torch.randn(2, 6, 7, 7)
+    assert join_of(made, x).reasons['cpu'] == 'gradients are recorded'
+    seen = []
+    with torch.no_grad():
+        handle = made.fuse.register_forward_hook(lambda module, args, out: seen.append(args[0].shape))
+        assert join_of(made, x).reasons['cpu'] == 'fuse has a hook'
+        assert seen == [(2, 18, 7, 7)]
+        handle.remove()
+        made.fuse = nn.Conv2d(18, 6, kernel_size=1)
+        assert join_of(made, x).reasons['cpu'] == 'fuse has a bias'
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            assert join_of(SparseMLP(6, 7).eval(), x).form == 'torch'
+
+
 # Everything else that a layer alone owes
 
 

@@ -3,21 +3,17 @@ import shutil
 
 import pytest
 import torch
-from timm.models.resnet import Bottleneck
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from timm_gsa.models.san import SANBlock
+from .blocks import LESS, blocks_of
 
-# Inductor takes seconds for a layer of attention: one of each kind.
-LESS = {
-    'gsa_resnet_tiny': dict(attn_stages=(4,)),
-    'san_tiny_pairwise': dict(layers=(0, 1, 0, 0, 0)),
-    'san_tiny_patchwise': dict(layers=(0, 1, 0, 0, 0)),
-    'priorattn_resnet_tiny': dict(attn_stages=(4,)),
+# Depth of networks and the different blocks they have: in a ResNet the first of a stage and all others. The last stage
+# of DC-AC has one block only.
+DEEP = {
+    'gsa_resnet50': (16, 8), 'san19_pairwise': (19, 5), 'san19_patchwise': (19, 5), 'priorattn_resnet50': (16, 8),
+    'smlpnet_base': (38, 4), 'dcac_325mf': (8, 7),
 }
-# Depth of networks and the different blocks they have: in a ResNet the first of a stage and all others.
-DEEP = {'gsa_resnet50': (16, 8), 'san19_pairwise': (19, 5), 'san19_patchwise': (19, 5), 'priorattn_resnet50': (16, 8)}
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +117,7 @@ def test_blocks_compiled_one_by_one_share_graphs(deep):
     """As many graphs as there are different blocks, which torch's default limit allows."""
     network, depth, different = deep
     config = torch._dynamo.config
-    blocks = [module for module in network.modules() if isinstance(module, (Bottleneck, SANBlock))]
+    blocks = blocks_of(network)
     counter = CompileCounter()
     for block in blocks:
         block.compile(backend=counter, fullgraph=True)

@@ -10,10 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import timm_gsa.layers.prior_attention as prior_attention
 from timm_gsa.layers import PairwiseAttention, PatchwiseAttention
-from timm_gsa.models._families import tiny_models
+from timm_gsa.models._families import FAMILIES, tiny_models
 from timm_gsa.ops import gaussian_attention_reference
 
-TINY = tiny_models()
+TINY = tiny_models(untrained=True)
 
 
 def create(name: str, **kwargs) -> nn.Module:
@@ -39,9 +39,8 @@ def flops(model: nn.Module, size: int = 224) -> int:
 
 
 def test_these_are_all_registered_models():
-    ours = set(GSA) | set(SAN) | set(PRIOR) | set(TINY)
-    assert ours == {
-        name for module in ('gsa_resnet', 'san', 'priorattn_resnet') for name in timm.list_models(module=module)}
+    ours = {*GSA, *SAN, *PRIOR, *SMLP, *DCAC, *TINY}
+    assert ours == {name for family in FAMILIES for name in timm.list_models(module=family.name)}
 
 
 # GSA-ResNet
@@ -188,6 +187,47 @@ def test_prior_attention_saves_at_depth_152_what_the_paper_claims(monkeypatch):
     assert round(gflops, 2) == 22.19
     assert 1 - parameters(model) / 61.6e6 == pytest.approx(0.064, abs=5e-4)
     assert 1 - gflops / 23.8 == pytest.approx(0.067, abs=1e-3)
+
+
+# sMLPNet
+
+SMLP = {  # parameters, multiply-adds at 224 px and 1,000 classes
+    'smlpnet_tiny': (24_123_584, 4_989_451_520),
+    'smlpnet_small': (48_558_136, 10_312_161_792),
+    'smlpnet_base': (65_880_408, 13_986_515_200),
+}
+
+
+@pytest.mark.parametrize('name', SMLP)
+def test_smlpnet_counts(name):
+    model = create(name)
+    assert (parameters(model), flops(model)) == (SMLP[name][0], 2 * SMLP[name][1])
+
+
+@pytest.mark.parametrize(('arguments', 'counts'), [
+    (dict(num_classes=100), (23_546_684, 47_866_036, 65_073_108)),
+    (dict(num_classes=10), (23_488_994, 47_796_826, 64_992_378)),
+    (dict(img_size=256), (24_133_160, 48_569_928, 65_892_200)),
+    (dict(img_size=384), (24_184_024, 48_632_536, 65_954_808)),
+], ids=str)
+def test_smlpnet_counts_of_other_classes_and_sizes(arguments, counts):
+    assert tuple(parameters(create(name, **arguments)) for name in SMLP) == counts
+
+
+def test_smlpnet_multiply_adds_at_384():
+    billions = [flops(create(name, img_size=384), 384) / 2e9 for name in SMLP]
+    assert [round(each, 3) for each in billions] == [14.951, 30.731, 41.600]
+
+
+# DC-AC
+
+DCAC = {'dcac_325mf': (2_376_600, 319_695_780)}
+
+
+def test_dcac_counts():
+    model = create('dcac_325mf')
+    assert (parameters(model), flops(model)) == (DCAC['dcac_325mf'][0], 2 * DCAC['dcac_325mf'][1])
+    assert parameters(create('dcac_325mf', num_classes=1)) == 1_632_345  # the paper's 1.6 M
 
 
 # Tiny models

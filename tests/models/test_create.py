@@ -4,6 +4,10 @@ import timm
 import torch
 from timm.layers import DropPath
 
+from timm_gsa.models.dcac import CondenserBlock
+
+from .blocks import blocks_of
+
 POOLS = {'avg': 1, 'max': 1, 'avgmax': 1, 'catavgmax': 2, 'fast': 1}
 
 
@@ -78,9 +82,15 @@ def test_drop_path_rate_rises_to_the_last_block(name, create):
     rates = [module.drop_prob for module in model.modules() if isinstance(module, DropPath)]
     assert rates == sorted(rates) and rates[0] > 0.
     assert rates[-1] == pytest.approx(0.3)
+    rates = list(dict.fromkeys(rates))  # both branches of a block of sMLPNet have the same
     steps = torch.tensor([0., *rates]).diff()
     torch.testing.assert_close(steps, torch.full_like(steps, 0.3 / len(rates)))
-    last = [name for name, module in model.layer4.named_modules() if isinstance(module, DropPath)]
+    stages = [model.get_submodule(info['module']) for info in model.feature_info]
+    summing = [  # stages with residual sums; a gate of DC-AC has no branch that could be left out
+        stage for stage in stages
+        if any(not isinstance(module, CondenserBlock) or module.downsample is None for module in blocks_of(stage))
+    ]
+    last = [name for name, module in summing[-1].named_modules() if isinstance(module, DropPath)]
     assert last, 'the last stage has no stochastic depth'
 
 
@@ -99,10 +109,13 @@ def test_drop_path_is_stochastic_in_training_and_nothing_in_eval(name, create):
 
 
 @pytest.mark.parametrize('output_stride', [8, 16, 32])
-def test_output_stride_sets_the_sizes_of_maps(name, create, output_stride):
+def test_output_stride_sets_the_sizes_of_maps(name, create, family, output_stride):
+    if output_stride not in family.output_strides:
+        assert_stride_is_refused(create, name, family, output_stride)
+        return
     model = create(name, output_stride=output_stride).eval()
     info = [(f['num_chs'], f['reduction']) for f in model.feature_info]
-    assert [reduction for _, reduction in info] == [min(r, output_stride) for r in (2, 4, 8, 16, 32)]
+    assert [reduction for _, reduction in info] == [min(r, output_stride) for r in family.strides]
     with torch.no_grad():
         features, maps = model.forward_intermediates(torch.randn(1, 3, 64, 96))
     assert features.shape == (1, model.num_features, 64 // output_stride, 96 // output_stride)
@@ -111,23 +124,33 @@ def test_output_stride_sets_the_sizes_of_maps(name, create, output_stride):
 
 
 @pytest.mark.parametrize('output_stride', [8, 16, 32])
-def test_output_stride_of_a_real_model(real, create, output_stride):
+def test_output_stride_of_a_real_model(real, create, family, output_stride):
+    if output_stride not in family.output_strides:
+        assert_stride_is_refused(create, real, family, output_stride)
+        return
     model = create(real, output_stride=output_stride, device='meta').eval()
     features = model.forward_features(torch.empty(1, 3, 224, 224, device='meta'))
     assert features.shape == (1, model.num_features, 224 // output_stride, 224 // output_stride)
 
 
-@pytest.mark.parametrize('output_stride', [8, 16])
-def test_weights_fit_every_output_stride(name, create, output_stride):
-    model = create(name, output_stride=output_stride).eval()
-    model.load_state_dict(create(name).state_dict())
-    assert model(torch.randn(1, 3, 64, 64)).isfinite().all()
+def test_weights_fit_every_output_stride(name, create, family):
+    for output_stride in family.output_strides:
+        model = create(name, output_stride=output_stride).eval()
+        model.load_state_dict(create(name).state_dict())
+        assert model(torch.randn(1, 3, 64, 64)).isfinite().all()
 
 
 @pytest.mark.parametrize('output_stride', [0, 4, 12, 64])
-def test_other_output_strides_are_refused(ours, create, output_stride):
-    with pytest.raises(ValueError, match=f'output_stride must be 8, 16 or 32, got {output_stride}'):
-        create(ours, output_stride=output_stride)
+def test_other_output_strides_are_refused(ours, create, family, output_stride):
+    assert_stride_is_refused(create, ours, family, output_stride)
+
+
+def assert_stride_is_refused(create, model, family, output_stride):
+    *first, last = map(str, family.output_strides)
+    allowed = f'{", ".join(first)} or {last}' if first else last
+    for features_only in (False, True):
+        with pytest.raises(ValueError, match=f'output_stride must be {allowed}, got {output_stride}'):
+            create(model, output_stride=output_stride, features_only=features_only, device='meta')
 
 
 def test_unknown_arguments_are_refused(registered, create):

@@ -11,15 +11,12 @@ import pytest
 import timm
 import torch
 from timm.layers import convert_sync_batchnorm
-from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 from torch.distributed import fsdp
 
 import timm_gsa
-from timm_gsa.models.san import SANBlock
 
 WORLD = 2
-BLOCKS = (BasicBlock, Bottleneck, SANBlock)
 HAS_FSDP2 = hasattr(fsdp, 'fully_shard')  # torch 2.5 has it elsewhere
 
 
@@ -45,10 +42,10 @@ def train(model, x, target):
     return grads
 
 
-def shard(model):
-    """The model with each residual block, and what is left, sharded over all processes."""
+def shard(model, blocks):
+    """The model with each of the blocks named, and what is left, sharded over all processes."""
     mesh = torch.distributed.device_mesh.init_device_mesh('cpu', (WORLD,))
-    for module in [*(module for module in model.modules() if isinstance(module, BLOCKS)), model]:
+    for module in [*(model.get_submodule(name) for name in blocks), model]:
         fsdp.fully_shard(module, mesh=mesh)
     return model
 
@@ -69,7 +66,7 @@ def worker(folder, rank):
         if HAS_FSDP2:
             model = timm.create_model(**job['arguments'], dtype=torch.float64)
             model.load_state_dict(job['state_dict'])
-            grads = train(shard(model), x, target)
+            grads = train(shard(model, job['blocks']), x, target)
             shares = [p.to_local().numel() / p.numel() for p in model.parameters()]
             state_dict = {key: whole(tensor) for key, tensor in model.state_dict().items()}
             result['fsdp'] = dict(grads=grads, state_dict=state_dict, shares=shares)
@@ -96,6 +93,8 @@ def run_workers(folder):
 @pytest.fixture(scope='module')
 def trained(families, create, tmp_path_factory):
     """What every process found for every model, beside what one process finds on the whole batch."""
+    from .blocks import BLOCKS  # not at the top: the script is no part of a package
+
     folder, alone = tmp_path_factory.mktemp('ddp'), {}
     for name, arguments in families.items():
         model = create(name, num_classes=7, dtype=torch.float64)
@@ -103,6 +102,7 @@ def trained(families, create, tmp_path_factory):
         torch.save(dict(
             arguments=dict(arguments, model_name=name, num_classes=7),
             state_dict=model.state_dict(), x=x, target=target,
+            blocks=[key for key, module in model.named_modules() if isinstance(module, BLOCKS)],
         ), folder / f'{name}.job')
         alone[name] = dict(grads=train(model, x, target), state_dict=model.state_dict())
     run_workers(folder)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.export import Dim, export
 
-from timm_gsa.models._families import tiny_models
+from .blocks import LESS
 
 
 @pytest.fixture
@@ -65,9 +65,7 @@ class SideBySide(nn.Module):
 @pytest.mark.skipif(torch.__version__.startswith('2.5.'), reason='inductor of torch 2.5 fails at its CPU code')
 def test_aotinductor_package_serves_all_sizes(create, tmp_path):
     """Made from an image whose maps are even, and run where they are odd too."""
-    names = tiny_models()
-    less = {name: dict(layers=(0, 1, 0, 0, 0)) if name.startswith('san') else dict(attn_stages=(4,)) for name in names}
-    models = SideBySide(*(create(name, num_classes=7, **less[name]) for name in names)).eval()
+    models = SideBySide(*(create(name, num_classes=7, **shape) for name, shape in LESS.items())).eval()
     axes = {axis: Dim.DYNAMIC for axis in (0, 2, 3)}
     with torch.no_grad():
         program = export(models, (images(2, 64, 128),), strict=False, dynamic_shapes={'x': axes})

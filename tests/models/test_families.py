@@ -29,7 +29,25 @@ def test_record_agrees_with_the_pretrained_configs(family):
         assert timm.get_pretrained_cfg(name).paper_ids == f'arXiv:{family.arxiv}'
     for name in family.smallest:
         assert timm.get_pretrained_cfg(name).license == (family.code_license or 'apache-2.0')
-    assert all(timm.is_model_pretrained(name) for name in family.tiny)
+
+def test_tiny_models_are_those_with_weights_unless_all_are_wanted():
+    every = tiny_models(untrained=True)
+    assert every == tuple(name for family in FAMILIES for name in family.tiny)
+    assert tiny_models() == tuple(name for name in every if timm.is_model_pretrained(name))
+
+
+def test_record_says_what_the_models_can(family):
+    for name in family.tiny:
+        model = timm.create_model(name, device='meta')
+        assert tuple(info['reduction'] for info in model.feature_info) == family.strides
+        assert hasattr(model, 'norm') == family.final_norm
+        for argument, able in (('img_size', family.sized), ('stem_type', family.small_stem)):
+            value = {'img_size': 96, 'stem_type': 'small'}[argument]
+            if able:
+                timm.create_model(name, device='meta', **{argument: value})
+            else:
+                with pytest.raises(TypeError, match=argument):
+                    timm.create_model(name, device='meta', **{argument: value})
 
 
 def test_figures_that_were_not_read_at_the_source_say_what_they_rest_on(family):
@@ -47,8 +65,8 @@ def test_families_without_attention_are_left_out_where_attention_is_shown(monkey
         name='mlp', title='MLP', arxiv='0', bibtex='@', prefix='mlp', tiny=('mlp_tiny',), smallest=('mlp50',),
         usual=(), verified='-', ours='-', attention=False)
     monkeypatch.setattr(_families, 'FAMILIES', (*FAMILIES, other))
-    assert tiny_models()[-1] == 'mlp_tiny'
-    assert 'mlp_tiny' not in tiny_models(attention=True)
+    assert tiny_models(untrained=True)[-1] == 'mlp_tiny'
+    assert 'mlp_tiny' not in tiny_models(attention=True, untrained=True)
 
 
 @pytest.mark.parametrize('classifier', ['head', ('head', 'head_dist')])

@@ -4,6 +4,8 @@ import timm
 import torch
 from torch import nn
 
+from .blocks import stages_of
+
 CLASSES = ('list', 'dict', 'hook', 'fx', 'getter')
 
 
@@ -14,6 +16,13 @@ def model(name, create):
 
 def image(height=64, width=96):
     return torch.randn(2, 3, height, width)
+
+
+def places(indices, count):
+    """Numbers of the maps that `indices` asks for, of so many."""
+    if indices is None or isinstance(indices, int):
+        return list(range(count))[-(indices or count):]
+    return [index % count for index in indices]
 
 
 def assert_same(maps, others):
@@ -32,9 +41,9 @@ def test_forward_is_features_then_head(model):
     torch.testing.assert_close(model.forward_head(features), model(x))
 
 
-def test_feature_info_tells_the_truth(model):
+def test_feature_info_tells_the_truth(model, family):
     info = model.feature_info
-    assert [f['reduction'] for f in info] == [2, 4, 8, 16, 32]
+    assert tuple(f['reduction'] for f in info) == family.strides
     maps = model.forward_intermediates(image(), intermediates_only=True)
     assert [m.shape for m in maps] == [(2, f['num_chs'], 64 // f['reduction'], 96 // f['reduction']) for f in info]
     seen = {}
@@ -43,20 +52,14 @@ def test_feature_info_tells_the_truth(model):
             lambda module, args, out, f=f: seen.update({f['reduction']: out.clone()}))
     x = image()
     model(x)
-    assert_same([seen[r] for r in (2, 4, 8, 16, 32)], model.forward_intermediates(x, intermediates_only=True))
+    assert_same([seen[r] for r in family.strides], model.forward_intermediates(x, intermediates_only=True))
 
 
-@pytest.mark.parametrize(
-    ('out_indices', 'taken'),
-    [
-        ((0, 1, 2, 3, 4), [0, 1, 2, 3, 4]), ((2,), [2]), ((0, 3), [0, 3]), ((-1,), [4]), ((-5, -2), [0, 3]),
-        ((1, -1), [1, 4]), (2, [3, 4]),
-    ],
-    ids=str,
-)
-def test_features_only_gives_the_maps_asked_for(name, create, out_indices, taken):
+@pytest.mark.parametrize('out_indices', [None, (0, 1, 2, 3), (2,), (0, 3), (-1,), (-4, -2), (1, -1), 2], ids=str)
+def test_features_only_gives_the_maps_asked_for(name, create, family, out_indices):
     whole = create(name).eval()
-    net = create(name, features_only=True, out_indices=out_indices).eval()
+    net = create(name, features_only=True, **({} if out_indices is None else {'out_indices': out_indices})).eval()
+    taken = places(out_indices, len(family.strides))
     x = image()
     expected = whole.forward_intermediates(x, indices=taken, intermediates_only=True)
     assert_same(net(x), expected)
@@ -69,29 +72,29 @@ def test_features_only_gives_the_maps_asked_for(name, create, out_indices, taken
 def test_features_only_agrees_in_every_form(name, create, feature_cls):
     """In float64, as torch.fx sees the layers of SAN's stem apart, of which inference rounds otherwise."""
     whole = create(name).double().eval()
-    net = create(name, features_only=True, feature_cls=feature_cls, out_indices=(0, 2, 4)).double().eval()
+    net = create(name, features_only=True, feature_cls=feature_cls, out_indices=(0, 2, 3)).double().eval()
     x = image().double()
     with torch.no_grad():
         maps = net(x)
         if feature_cls == 'dict':
-            assert list(maps) == ['0', '2', '4']
+            assert list(maps) == ['0', '2', '3']
             maps = list(maps.values())
-        assert_same(maps, whole.forward_intermediates(x, indices=[0, 2, 4], intermediates_only=True))
+        assert_same(maps, whole.forward_intermediates(x, indices=[0, 2, 3], intermediates_only=True))
     assert net.feature_info.channels() == [m.shape[1] for m in maps]
 
 
 @pytest.mark.parametrize('size', [32, 96])
-def test_features_only_at_small_sizes(name, create, size):
+def test_features_only_at_small_sizes(name, create, family, size):
     net = create(name, features_only=True).eval()
-    assert [m.shape[-1] for m in net(image(size, size))] == [size // r for r in (2, 4, 8, 16, 32)]
+    assert [m.shape[-1] for m in net(image(size, size))] == [size // r for r in family.strides]
 
 
-@pytest.mark.parametrize('output_stride', [8, 16])
-def test_features_only_with_output_stride(name, create, output_stride):
-    net = create(name, features_only=True, output_stride=output_stride).eval()
-    reductions = [min(r, output_stride) for r in (2, 4, 8, 16, 32)]
-    assert net.feature_info.reduction() == reductions
-    assert [m.shape[-2:] for m in net(image())] == [(64 // r, 96 // r) for r in reductions]
+def test_features_only_with_output_stride(name, create, family):
+    for output_stride in family.output_strides:
+        net = create(name, features_only=True, output_stride=output_stride).eval()
+        reductions = [min(r, output_stride) for r in family.strides]
+        assert net.feature_info.reduction() == reductions
+        assert [m.shape[-2:] for m in net(image())] == [(64 // r, 96 // r) for r in reductions]
 
 
 def test_features_only_of_a_real_model(real, create):
@@ -103,18 +106,16 @@ def test_features_only_of_a_real_model(real, create):
 
 
 def test_features_only_trains(name, create):
-    net = create(name, features_only=True, out_indices=(1, 3)).train()
+    net = create(name, features_only=True, out_indices=(1, -2)).train()
     sum(m.square().mean() for m in net(image(64, 64))).backward()
     assert [key for key, p in net.named_parameters() if p.grad is None] == []
-    assert not any(key.startswith(('layer4', 'fc')) for key, _ in net.named_parameters())
+    last = create(name, device='meta').feature_info[-1]['module'].replace('.', '_')  # the extractor flattens names
+    assert not any(key.startswith((last, 'norm', 'fc')) for key, _ in net.named_parameters())
 
 
-@pytest.mark.parametrize(
-    ('indices', 'taken'),
-    [(None, [0, 1, 2, 3, 4]), (2, [3, 4]), (5, [0, 1, 2, 3, 4]), ([1, 3], [1, 3]), ((-1,), [4]), ([-4, 4], [1, 4])],
-    ids=str,
-)
-def test_forward_intermediates_indices(model, indices, taken):
+@pytest.mark.parametrize('indices', [None, 2, 4, [1, 3], (-1,), [-4, -1]], ids=str)
+def test_forward_intermediates_indices(model, family, indices):
+    taken = places(indices, len(family.strides))
     x = image()
     final, maps = model.forward_intermediates(x, indices=indices)
     every = model.forward_intermediates(x, intermediates_only=True)
@@ -122,29 +123,34 @@ def test_forward_intermediates_indices(model, indices, taken):
     torch.testing.assert_close(final, model.forward_features(x))
 
 
-@pytest.mark.parametrize('norm', [False, True])
-def test_forward_intermediates_norm_changes_nothing(model, norm):
-    """No norm follows the last stage, as in timm's ResNet: SAN's belongs to its stages."""
+def test_forward_intermediates_norm_acts_on_the_last_map_where_there_is_one(model, family):
+    """None follows the last stage of a ResNet; SAN's belongs to its stages."""
     x = image()
-    assert_same(
-        model.forward_intermediates(x, norm=norm, intermediates_only=True),
-        model.forward_intermediates(x, intermediates_only=True),
-    )
+    *before, last = model.forward_intermediates(x, norm=True, intermediates_only=True)
+    *plain, plain_last = model.forward_intermediates(x, intermediates_only=True)
+    assert_same(before, plain)
+    torch.testing.assert_close(last, model.forward_features(x))
+    assert torch.allclose(last, plain_last) != family.final_norm
 
 
-@pytest.mark.parametrize('last', [0, 1, 2, 3, 4])
-def test_forward_intermediates_stop_early_runs_no_further(model, last):
+@pytest.mark.parametrize('last', [0, 1, 2, 3, -1])
+def test_forward_intermediates_stop_early_runs_no_further(model, family, last):
+    last %= len(family.strides)
     ran = []
-    for stage in range(1, 5):
-        model.get_submodule(f'layer{stage}').register_forward_hook(lambda *args, stage=stage: ran.append(stage))
+    stages = stages_of(model)
+    for number, stage in enumerate(stages):
+        model.get_submodule(stage).register_forward_hook(lambda *args, number=number: ran.append(number))
     x = image()
     final, maps = model.forward_intermediates(x, indices=[last], stop_early=True)
-    assert ran == list(range(1, last + 1))
-    if last > 0:
+    first = len(family.strides) - len(stages)  # map of the first stage; before it is that of the stem
+    assert ran == list(range(last - first + 1))
+    if last == len(family.strides) - 1:
+        torch.testing.assert_close(final, model.forward_features(x))
+    elif last >= first:
         torch.testing.assert_close(final, maps[-1])
     ran.clear()
     assert_same(model.forward_intermediates(x, indices=[last], intermediates_only=True), maps)
-    assert ran == [1, 2, 3, 4]
+    assert ran == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize('arguments', [dict(output_fmt='NHWC'), dict(indices=[5]), dict(indices=6), dict(indices=[-6])])
@@ -154,34 +160,37 @@ def test_forward_intermediates_refuses_what_it_cannot_give(model, arguments):
 
 
 @pytest.mark.parametrize('indices', [[0], [2], [1, 3], [-1], 1, 3], ids=str)
-def test_prune_intermediate_layers_keeps_what_is_asked_for(model, indices):
+def test_prune_intermediate_layers_keeps_what_is_asked_for(model, family, indices):
     x = image()
+    stages = [info['module'] for info in model.feature_info]
     every = model.forward_intermediates(x, intermediates_only=True)
     size = sum(p.numel() for p in model.parameters())
     taken = model.prune_intermediate_layers(indices)
-    assert taken == (list(range(5 - indices, 5)) if isinstance(indices, int) else [i % 5 for i in indices])
+    assert taken == places(indices, len(family.strides))
     assert_same(model.forward_intermediates(x, indices=taken, intermediates_only=True), [every[i] for i in taken])
     assert isinstance(model.fc, nn.Identity) and model.num_classes == 0
-    gone = tuple(f'layer{stage}.' for stage in range(max(taken) + 1, 5)) + ('fc.',)
+    gone = (*(f'{stage}.' for stage in stages[max(taken) + 1:]), 'fc.')
     left = [key for key, _ in model.named_parameters()]
     assert not any(key.startswith(gone) for key in left)
     assert sum(p.numel() for p in model.parameters()) < size
     model.train()
-    sum(m.square().mean() for m in model.forward_intermediates(x, indices=taken, intermediates_only=True)).backward()
+    maps = model.forward_intermediates(x, indices=taken, norm=True, intermediates_only=True)
+    sum(m.square().mean() for m in maps).backward()
     assert [key for key, p in model.named_parameters() if p.grad is None] == []
 
 
 def test_prune_can_keep_the_head(model):
     x = image()
     before = model(x)
-    assert model.prune_intermediate_layers([4], prune_head=False) == [4]
+    last = len(model.feature_info) - 1
+    assert model.prune_intermediate_layers([last], prune_head=False) == [last]
     torch.testing.assert_close(model(x), before)
 
 
 @pytest.mark.parametrize('training', [False, True])
 def test_graph_feature_extractor(model, training):
     """torch.fx takes attention as one node and finds everything around it; in float64, as it sees SAN's stem apart."""
-    nodes = ['act1', 'layer2', 'layer4', 'global_pool.flatten']
+    nodes = [*(model.feature_info[i]['module'] for i in (0, 2, -1)), 'global_pool.flatten']
     x = image().double()
     graph = timm.models.create_feature_extractor(model.double().train(training), nodes)
     with torch.no_grad():

@@ -9,16 +9,28 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from timm_gsa.layers import GlobalSelfAttention, PairwiseAttention, PatchwiseAttention, PriorAttention
+from timm_gsa.layers import (
+    AttentionCondenser,
+    DepthwiseBlock,
+    GlobalSelfAttention,
+    PairwiseAttention,
+    PatchwiseAttention,
+    PriorAttention,
+    SparseMLP,
+)
 from timm_gsa.models._families import tiny_models
 from timm_gsa.models.san import SANBlock
+from timm_gsa.models.smlpnet import SMLPBlock
 
-NAMES = tiny_models()
+NAMES = tiny_models(untrained=True)
 LAYERS = {
     'gsa': functools.partial(GlobalSelfAttention, 64, 14, stride=2),
     'prior': functools.partial(PriorAttention, 64, stride=2, ratio=0.25),
     'pairwise': functools.partial(PairwiseAttention, 64, act_layer=nn.SiLU),
     'patchwise': functools.partial(PatchwiseAttention, 64, act_layer=nn.SiLU),
+    'sparse mlp': functools.partial(SparseMLP, 64, 14),
+    'depthwise': functools.partial(DepthwiseBlock, 64),
+    'condenser': functools.partial(AttentionCondenser, 64, groups=4, act_layer=nn.SiLU),
 }
 HALVES = [torch.bfloat16, torch.float16]
 SCALE = 1024.  # of the loss, as a GradScaler's, so that float16 gradients do not underflow
@@ -50,6 +62,9 @@ def prototype(name: str) -> nn.Module:
             nn.init.constant_(module.weight, 0.2)
         elif isinstance(module, SANBlock):
             module.conv.weight.data *= 0.2
+        elif isinstance(module, SMLPBlock):
+            module.mix.fuse.weight.data *= 0.2
+            module.mlp.fc2.weight.data *= 0.2
     with torch.no_grad():
         model(images())
     return model

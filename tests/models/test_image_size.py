@@ -8,11 +8,12 @@ import torch
 import torch.nn as nn
 from timm.models import load_checkpoint
 
+import timm_gsa
 import timm_gsa.layers.global_self_attention as global_self_attention
 from timm_gsa.layers import GlobalSelfAttention, PriorAttention
-from timm_gsa.models._families import FAMILIES, tiny_models
+from timm_gsa.models._families import FAMILIES, family_of, tiny_models
 
-TINY = tiny_models()
+TINY = tiny_models(untrained=True)
 SMALLEST = [name for family in FAMILIES for name in family.smallest]
 
 
@@ -44,6 +45,73 @@ def test_tiny_models_run_at_any_size(name, size):
     assert out.shape == (2, 100) and out.isfinite().all()
 
 
+# Smallest images, where there is a limit.
+LIMITS = {
+    'san_tiny_pairwise': 32, 'san_tiny_patchwise': 32, 'smlpnet_mini': 32, 'dcac_mini': 29,
+    'gsa_resnet_tiny': 1, 'priorattn_resnet_tiny': 1,
+}
+
+WRONG = {
+    'four channels': (lambda: torch.randn(1, 4, 64, 64), 'to have 3 channels, but got 4 channels'),
+    'NHWC': (lambda: torch.randn(1, 64, 64, 3), 'to have 3 channels, but got 64 channels'),
+    'no batch': (lambda: torch.randn(3, 64, 64), r'expected 4D input \(got 3D input\)'),
+    'five axes': (lambda: torch.randn(1, 1, 3, 64, 64), 'Expected 3D .unbatched. or 4D .batched. input to conv2d'),
+    'float64': (lambda: torch.randn(1, 3, 64, 64).double(), 'Double|double'),
+    'float16': (lambda: torch.randn(1, 3, 64, 64).half(), 'Half'),
+    'uint8': (lambda: torch.zeros(1, 3, 64, 64, dtype=torch.uint8), 'Byte|unsigned char'),
+    'sparse': (lambda: torch.randn(1, 3, 64, 64).to_sparse(), 'sparse|unsupported memory format'),
+    'no pixels': (lambda: torch.randn(1, 3, 0, 64), "Kernel size can't be greater|must be at least"),
+}
+
+
+@pytest.fixture(scope='module', params=LIMITS)
+def small(request) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(request.param).eval()
+
+
+@pytest.fixture(scope='module')
+def resnet() -> nn.Module:
+    return timm.create_model('resnet26d').eval()
+
+
+@pytest.mark.parametrize('grad', [False, True])
+@pytest.mark.parametrize('backend', ['auto', 'torch', 'reference', 'cpu'])
+@pytest.mark.parametrize('kind', WRONG)
+def test_wrong_images_give_the_errors_of_a_timm_resnet(small, resnet, kind, backend, grad):
+    make, message = WRONG[kind]
+    with torch.set_grad_enabled(grad), timm_gsa.use_backend(backend):
+        for model in (resnet, small):
+            with pytest.raises((RuntimeError, ValueError), match=message):
+                model(make())
+
+
+@pytest.mark.parametrize('grad', [False, True])
+@pytest.mark.parametrize('backend', ['auto', 'torch', 'reference', 'cpu'])
+def test_too_small_images_are_told_the_smallest_size(small, backend, grad):
+    name = small.pretrained_cfg['architecture']
+    limit = LIMITS[name]
+    with torch.set_grad_enabled(grad), timm_gsa.use_backend(backend):
+        assert small(torch.randn(1, 3, limit, limit)).isfinite().all()
+        for height, width in ((1, 1), (8, 8), (limit - 1, 64), (64, limit - 1)):
+            if limit > 1:
+                with pytest.raises(ValueError, match=f'images must be at least {limit} x {limit} pixels'):
+                    small(torch.randn(1, 3, height, width))
+
+
+@pytest.mark.parametrize('name, kwargs, limit', [
+    ('san_tiny_patchwise', dict(output_stride=8), 8),
+    ('san_tiny_pairwise', dict(stem_type='small'), 8),
+    ('dcac_mini', dict(output_stride=16), 13),
+    ('dcac_mini', dict(output_stride=8), 5),
+])
+def test_the_smallest_size_follows_the_strides(name, kwargs, limit):
+    model = timm.create_model(name, **kwargs).eval()
+    assert model(torch.randn(1, 3, limit, limit)).shape == (1, 100)
+    with pytest.raises(ValueError, match=f'images must be at least {limit} x {limit} pixels'):
+        model(torch.randn(1, 3, limit - 1, limit))
+
+
 @pytest.mark.parametrize('name', TINY)
 def test_tiny_models_train_at_another_size(name):
     model = timm.create_model(name).train()
@@ -64,14 +132,24 @@ def test_features_have_the_sizes_of_a_convolutional_resnet(name, size):
         assert sizes(ours(x)) == sizes(theirs(x)) == convolutional_sizes(*size)
 
 
-@pytest.mark.parametrize('name', ['san_tiny_pairwise', 'san_tiny_patchwise'])
+@pytest.mark.parametrize('name', ['san_tiny_pairwise', 'san_tiny_patchwise', 'smlpnet_mini'])
 @pytest.mark.parametrize('size', [(33, 47), (97, 75)])
-def test_san_halves_maps_as_its_authors_do(name, size):
-    """Its pools leave out a last odd row or column, so sizes round down, from 32 px on."""
+def test_sizes_round_down_where_the_authors_networks_round_down(name, size):
+    """SAN's pools leave out a last odd row or column, sMLPNet's patches what fills none; from 32 px on."""
     model = timm.create_model(name, features_only=True).eval()
     with torch.no_grad():
         features = model(torch.randn(1, 3, *size))
-    assert sizes(features) == [(size[0] // 2 ** n, size[1] // 2 ** n) for n in range(1, 6)]
+    assert sizes(features) == [(size[0] // stride, size[1] // stride) for stride in family_of(name).strides]
+
+
+@pytest.mark.parametrize('size', [(33, 47), (97, 75)])
+def test_dcac_halves_up_in_its_stem_and_down_in_its_stages(size):
+    """Convolution and pool of the stem have a padding, the 2 x 2 pools of the stages none."""
+    model = timm.create_model('dcac_mini', features_only=True).eval()
+    with torch.no_grad():
+        features = model(torch.randn(1, 3, *size))
+    stem = convolutional_sizes(*size, count=2)
+    assert sizes(features) == stem + [(stem[1][0] // 2 ** n, stem[1][1] // 2 ** n) for n in (1, 2, 3)]
 
 
 @pytest.mark.parametrize('name', SMALLEST)
@@ -79,7 +157,7 @@ def test_smallest_models_extract_features_at_96_px(name):
     model = timm.create_model(name, features_only=True).eval()
     with torch.no_grad():
         features = model(torch.randn(1, 3, 96, 96))
-    assert sizes(features) == [(48, 48), (24, 24), (12, 12), (6, 6), (3, 3)]
+    assert sizes(features) == [(96 // stride, 96 // stride) for stride in family_of(name).strides]
     assert [feature.shape[1] for feature in features] == model.feature_info.channels()
     assert all(feature.isfinite().all() for feature in features)
 

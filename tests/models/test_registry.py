@@ -45,6 +45,7 @@ def test_filters_of_list_models():
     assert timm.list_models('san*', exclude_filters='*_tiny_*', module='san') == [
         f'san{depth}_{kind}' for depth in (10, 15, 19) for kind in ('pairwise', 'patchwise')]
     assert timm.list_models(['priorattn*18', 'san15*']) == ['priorattn_resnet18', 'san15_pairwise', 'san15_patchwise']
+    assert timm.list_models('dcac*') == ['dcac_325mf', 'dcac_mini']
     assert set(FILES) <= set(timm.list_modules())
 
 
@@ -71,7 +72,7 @@ def test_missing_weights_are_said_to_be_missing(real, tag):
     assert message.startswith(f'No pretrained weights are published for {real};')
     first_sentence = message.split('. ')[0]
     assert 'gsa_resnet_tiny.c100, priorattn_resnet_tiny.c100' in first_sentence
-    for named in timm.list_pretrained(['gsa_resnet*', 'san*', 'priorattn*']):
+    for named in timm.list_pretrained([f'{family.prefix}*' for family in FAMILIES]):
         assert named in message
 
 

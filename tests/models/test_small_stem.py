@@ -6,7 +6,16 @@ from torch import nn
 
 from timm_gsa.layers import GlobalSelfAttention, PriorAttention, global_self_attention
 from timm_gsa.layers._pool import HalvingMaxPool
+from timm_gsa.models._families import FAMILIES
 from timm_gsa.models.san import SANBlock
+
+WITH_STEM = [name for family in FAMILIES if family.small_stem for name in family.tiny]
+
+
+@pytest.fixture(params=WITH_STEM)
+def ours(request):
+    """Name of a tiny model of each kind that has the small stem."""
+    return request.param
 
 
 @pytest.fixture

@@ -2,19 +2,21 @@
 import copy
 import io
 import json
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from timm.models import group_parameters, load_checkpoint, resume_checkpoint, save_for_hf
-from timm.models.resnet import BasicBlock, Bottleneck
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.utils import CheckpointSaver, ModelEmaV3, freeze, unfreeze
 from torch import nn
 
+import timm_gsa
 from timm_gsa.models.san import SANBlock
+from timm_gsa.models.smlpnet import SMLPBlock
 
-BLOCKS = (BasicBlock, Bottleneck, SANBlock)
+from .blocks import blocks_of, stages_of
 
 
 def images(dtype=torch.float32, size=64):
@@ -55,10 +57,6 @@ def test_a_fresh_model_learns(ours):
 # Gradient checkpointing
 
 
-def blocks_of(model):
-    return [module for module in model.modules() if isinstance(module, BLOCKS)]
-
-
 def count_calls(modules):
     calls = [0] * len(modules)
 
@@ -68,8 +66,9 @@ def count_calls(modules):
         return hook
 
     for index, module in enumerate(modules):
-        # The attention or convolution in the middle of a block: blocks themselves may be called by another way.
-        inner = module.attn if isinstance(module, SANBlock) else module.conv2
+        # A layer in the middle of a block: blocks themselves may be called by another way.
+        name = {SANBlock: 'attn', SMLPBlock: 'mix'}.get(type(module), 'conv2')
+        inner = module.get_submodule(name)
         inner.register_forward_hook(count(index))
     return calls
 
@@ -138,14 +137,20 @@ def test_layer_groups_follow_the_network(name, create, coarse):
     groups = group_parameters(model, model.group_matcher(coarse=coarse))
     keys = [key for group in groups.values() for key in group]
     assert sorted(keys) == sorted(key for key, _ in model.named_parameters())
-    assert all(key.startswith(('conv1', 'bn1')) for key in groups[0]) and 'bn1.weight' in groups[0]
+    stem = stem_of(model)
+    assert groups[0] and set(groups[0]) == {key for key, _ in model.named_parameters() if key.startswith(stem)}
     assert sorted(groups[max(groups)]) == ['fc.bias', 'fc.weight']
     layer = {key: index for index, group in groups.items() for key in group}
     order = [layer[key] for key, _ in model.named_parameters()]  # parameters are registered in the order they are used
     assert order == sorted(order)
     # One group for the stem, one for the classifier, and between them one for each stage or for each block of a stage.
-    blocks = sum(key.startswith('layer') for key, module in model.named_modules() if isinstance(module, BLOCKS))
+    blocks = sum(len(blocks_of(model.get_submodule(stage))) for stage in stages_of(model))
     assert len(groups) == 2 + (4 if coarse else blocks)
+
+
+def stem_of(model):
+    """Starts of the names of what runs before the first block."""
+    return ('stages.0.downsample',) if hasattr(model, 'stages') else ('conv1', 'bn1')
 
 
 def test_layer_groups_of_every_model(registered, create):
@@ -164,7 +169,8 @@ def test_layer_decay_reaches_every_parameter_once(name, create):
     assert sorted(seen) == sorted(id(p) for p in model.parameters())
     group_of = {id(p): group for group in groups for p in group['params']}
     scale = {key: group_of[id(p)]['lr_scale'] for key, p in model.named_parameters()}
-    assert scale['fc.weight'] == 1. and scale['bn1.weight'] == min(scale.values()) < 0.1
+    assert scale['fc.weight'] == 1. and min(scale.values()) < 0.1
+    assert {scale[key] for key in scale if key.startswith(stem_of(model))} == {min(scale.values())}
     assert {group_of[id(p)]['weight_decay'] for key, p in model.named_parameters() if key in tables} <= {0.}
 
 
@@ -227,18 +233,18 @@ def test_copies_are_equal_and_independent(name, create, way):
             file.seek(0)
             other = torch.load(file, weights_only=False)
         torch.testing.assert_close(other(x), model(x), rtol=0., atol=0.)
-        model.bn1.weight.zero_()
-        assert other.bn1.weight.all()
+        next(model.parameters()).zero_()
+        assert next(other.parameters()).all()
 
 
 def test_freezing_stops_parameters_and_norms(name, create):
     model = create(name, num_classes=7).train()
-    parts = ['conv1', 'bn1', 'layer1', 'layer2']
+    parts = [*(key for key, _ in model.named_children() if key in ('conv1', 'bn1')), *stages_of(model)[:2]]
     freeze(model, parts)
     before = copy.deepcopy(model.state_dict())
     train_step(model, images(), torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
     for key, tensor in model.state_dict().items():
-        if key.split('.')[0] in parts:
+        if key.startswith(tuple(f'{part}.' for part in parts)):
             assert torch.equal(tensor, before[key]), key
     unfreeze(model, parts)
     train_step(model, images())
@@ -294,7 +300,7 @@ def test_hub_folder_round_trip(ours, create, tmp_path):
     text = (tmp_path / 'config.json').read_text()
     config = json.loads(text)
     assert config['architecture'] == ours and config['num_classes'] == 7
-    assert timm.get_pretrained_cfg(ours).file not in text  # a path of this machine
+    assert str(Path(timm_gsa.__file__).parent) not in text  # a path of this machine
     loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     x = images()
     torch.testing.assert_close(loaded(x), model(x), rtol=0., atol=0.)

@@ -1,7 +1,7 @@
 """The Triton kernels behind the aggregation: in Triton's interpreter on any machine, and on a GPU where there is one.
 
 Triton decides at its import whether it interprets, so what is in `TestKernels` runs in a process of its own, started by
-`test_in_the_interpreter`. The interpreter takes about a second for the smallest map; hence their sizes.
+test_kernels.py. The interpreter takes about a second for the smallest map; hence their sizes.
 """
 import importlib
 import importlib.util
@@ -22,15 +22,7 @@ from timm_gsa.ops.san import gpu
 from timm_gsa.ops.san.reference import aggregation as aggregation_reference
 
 from .test_aggregation import with_gradients
-from .triton_runs import (
-    INTERPRETED,
-    Interpreted,
-    needs_cuda,
-    needs_interpreter,
-    needs_triton,
-    run_interpreted,
-    spilled,
-)
+from .triton_runs import INTERPRETED, Interpreted, Launches, needs_cuda, needs_triton, spilled
 
 backend = importlib.import_module("timm_gsa.ops._backend")
 
@@ -294,44 +286,13 @@ def test_compiled_for_a_gpu_each_keeps_its_sums_in_registers_and_reads_16_bytes_
         monkeypatch: pytest.MonkeyPatch,
         tmp_path: Path,
 ) -> None:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernels = importlib.import_module("timm_gsa.ops.san.triton_aggregation")
-    types = {
-        torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64", int: "i32",
-    }
-    compiled = []
-
-    class Compiled:
-        """In place of the tuned kernel: compiles its first tile to machine code, by Triton's own ptxas."""
-
-        def __init__(self, kernel: Any, *kind: Any) -> None:
-            self.kernel = kernel
-            self.tile = kernels._tiles(kernel, *kind)[0]
-
-        def __getitem__(self, grid: Callable[..., tuple[int, int]]) -> Callable[..., None]:
-            def launch(*args: Any, enable_fp_fusion: bool, **constants: Any) -> None:
-                assert all(count > 0 for count in grid(self.tile))
-                names = self.kernel.arg_names
-                given = dict(zip(names, args, strict=False)) | constants | self.tile
-                open_ = ("a", "b", "w", *kernels._NUMBERS)
-                signature = {n: types[getattr(given[n], "dtype", int)] if n in open_ else "constexpr" for n in names}
-                fixed = {name: given[name] for name in names if name not in open_}
-                aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in ("a", "b", "w")}
-                source = ASTSource(self.kernel, signature, fixed, aligned)
-                options = {"enable_fp_fusion": enable_fp_fusion}
-                compiled.append(triton.compile(source, GPUTarget("cuda", capability, 32), options))
-
-            return launch
-
-    monkeypatch.setattr(kernels, "_tuned", Compiled)
+    launches = recorded(monkeypatch, capability)
     case = made_case(2, 8, 8, (kernel_size, 12), kernel_size, layout, order, dtype)
     with_gradients(torch.ops.timm_gsa.triton_aggregation, *case, kernel_size, 1)
-    assert len(compiled) == 3
-    for number, program in enumerate(compiled):
+    programs = [program for launch in launches.values() for program in launch.compiled()]
+    assert len(programs) == 3
+    for number, program in enumerate(programs):
         accesses = set(re.findall(r"(?:ld|st)\.global\.(\S+)", program.asm["ptx"]))
         assert accesses
         if access is not None:
@@ -341,14 +302,42 @@ def test_compiled_for_a_gpu_each_keeps_its_sums_in_registers_and_reads_16_bytes_
         assert stack <= 32 and local == 0, told  # at most 8 registers are spilled, those set before the loops
 
 
+def recorded(monkeypatch: pytest.MonkeyPatch, capability: int = 90) -> dict[Any, Launches]:
+    """The kernels that are launched from now on, each with its first tile."""
+    kernels = importlib.import_module("timm_gsa.ops.san.triton_aggregation")
+    launches: dict[Any, Launches] = {}
+
+    class Tiled:
+        """In place of the tuned kernel."""
+
+        def __init__(self, kernel: Any, *kind: Any) -> None:
+            self.launches = launches.setdefault(kernel, Launches(kernel, capability))
+            self.tile = kernels._tiles(kernel, *kind)[0]
+
+        def __getitem__(self, grid: Callable[..., tuple[int, ...]]) -> Callable[..., None]:
+            return lambda *args, **named: self.launches[grid(self.tile)](*args, **named, **self.tile)
+
+    monkeypatch.setattr(kernels, "_tuned", Tiled)
+    return launches
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize(("layout", "order"), [("last", "pkg"), ("first", "gkp")])
+def test_maps_of_other_sizes_need_no_compilation(layout: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for one variant of a kernel for each number of pixels that the last strip of a row may hold."""
+    launches = recorded(monkeypatch)
+    for size in ((56, 56), (71, 64), (9, 12), (40, 44)):
+        with_gradients(
+            torch.ops.timm_gsa.triton_aggregation, *made_case(2, 8, 8, size, 3, layout, order, torch.bfloat16), 3, 1)
+    assert [len(launch.variants) for launch in launches.values()] == [1, 1, 1]
+    for width in range(56, 64):
+        case = made_case(2, 8, 8, (5, width), 3, layout, order, torch.bfloat16)
+        with_gradients(torch.ops.timm_gsa.triton_aggregation, *case, 3, 1)
+    assert [len(launch.variants) for launch in launches.values()] == [1, 4, 1]
+
+
 # What they compute
-
-
-@pytest.mark.slow
-@needs_interpreter
-@pytest.mark.skipif(INTERPRETED, reason="would start itself")
-def test_in_the_interpreter() -> None:
-    run_interpreted(__file__)
 
 
 class TestKernels(Interpreted):
@@ -369,18 +358,20 @@ class TestKernels(Interpreted):
             yield
 
     @pytest.mark.parametrize(("batch", "sharing", "groups", "size", "kernel_size", "dilation", "layout", "order"), [
-        (1, 1, 1, (1, 6), 1, 1, "first", "gkp"),
         (2, 2, 1, (2, 11), 3, 1, "first", "gkp"),
-        (1, 3, 2, (3, 2), 3, 1, "first inside", "gkp"),
-        (2, 1, 2, (3, 3), 3, 1, "permuted", "pkg"),
-        (1, 2, 1, (3, 10), 3, 2, "expanded", "gkp"),
-        (2, 8, 2, (3, 12), 3, 1, "last", "pkg"),
-        (1, 9, 2, (3, 5), 5, 1, "last", "kpg"),
         (1, 5, 3, (2, 3), 3, 1, "last inside", "pgk"),
-        (1, 2, 6, (2, 10), 3, 1, "last", "gkp"),
-        (2, 4, 8, (5, 13), 3, 2, "last inside", "pkg"),
-        (1, 1, 2, (4, 9), 7, 1, "last", "pkg"),
-        (1, 18, 2, (2, 3), 3, 1, "last", "pkg"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+            (1, 1, 1, (1, 6), 1, 1, "first", "gkp"),
+            (1, 3, 2, (3, 2), 3, 1, "first inside", "gkp"),
+            (2, 1, 2, (3, 3), 3, 1, "permuted", "pkg"),
+            (1, 2, 1, (3, 10), 3, 2, "expanded", "gkp"),
+            (2, 8, 2, (3, 12), 3, 1, "last", "pkg"),
+            (1, 9, 2, (3, 5), 5, 1, "last", "kpg"),
+            (1, 2, 6, (2, 10), 3, 1, "last", "gkp"),
+            (2, 4, 8, (5, 13), 3, 2, "last inside", "pkg"),
+            (1, 1, 2, (4, 9), 7, 1, "last", "pkg"),
+            (1, 18, 2, (2, 3), 3, 1, "last", "pkg"),
+        ]),
     ])
     def test_agrees_with_the_reference(
             self,
@@ -398,7 +389,7 @@ class TestKernels(Interpreted):
         assert_agrees(with_gradients(fused, *case, kernel_size, dilation), case, kernel_size, dilation)
 
     @pytest.mark.parametrize(("sharing", "groups", "size", "kernel_size", "layout"), [
-        (1, 1, (4, 6), 7, "first"),
+        pytest.param(1, 1, (4, 6), 7, "first", marks=pytest.mark.slow),
         (4, 2, (2, 11), 3, "last"),
     ])
     def test_every_tile_gives_the_same_numbers(
@@ -421,12 +412,12 @@ class TestKernels(Interpreted):
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
     @pytest.mark.parametrize(("dtype", "weight_dtype"), [
-        (torch.float32, torch.float32),
-        (torch.float16, torch.float16),
-        (torch.bfloat16, torch.bfloat16),
+        pytest.param(torch.float32, torch.float32, marks=pytest.mark.slow),
+        pytest.param(torch.float16, torch.float16, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, torch.bfloat16, marks=pytest.mark.slow),
         (torch.bfloat16, torch.float32),
         (torch.float32, torch.float16),
-        (torch.float64, torch.bfloat16),
+        pytest.param(torch.float64, torch.bfloat16, marks=pytest.mark.slow),
     ], ids=str)
     def test_dtypes(self, fused: Callable[..., torch.Tensor], dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
         case = made_case(1, 2, 2, (2, 5), 3, dtype=dtype, weight_dtype=weight_dtype)
@@ -481,6 +472,7 @@ class TestKernels(Interpreted):
         (want,) = torch.autograd.grad(aggregation_reference(value, weight, 3), leaf, cotangent)
         torch.testing.assert_close(grad, want)
 
+    @pytest.mark.slow
     def test_gradcheck(self, fused: Callable[..., torch.Tensor]) -> None:
         value, weight, _ = made_case(1, 2, 1, (2, 3), 3)
         inputs = value.requires_grad_(), weight.requires_grad_()
@@ -497,6 +489,7 @@ class TestKernels(Interpreted):
         for got, want in zip(second(fused, 3, 1), second(aggregation_reference, 3), strict=True):
             torch.testing.assert_close(got, want)
 
+    @pytest.mark.slow
     def test_torch_accepts_the_operators(self) -> None:
         value, weight, cotangent = made_case(1, 1, 2, (2, 3), 3)
         operators = torch.ops.timm_gsa
@@ -528,6 +521,7 @@ class TestKernels(Interpreted):
         meta = fused(*(x.to("meta") for x in case[:2]), 3, 1)
         assert meta.shape == real.shape
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("dynamic", [None, True])
     def test_compiled(self, everywhere: None, dynamic: bool | None) -> None:
         torch._dynamo.reset()

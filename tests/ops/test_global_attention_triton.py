@@ -1,6 +1,6 @@
 """The Triton kernels behind GSA's operations: in Triton's interpreter on any machine, and on a GPU where there is one.
 
-As with the aggregation, what is in `TestKernels` runs in a process of its own, started by `test_in_the_interpreter`.
+What is in `TestKernels` runs in a process of its own, started by test_kernels.py.
 """
 import importlib
 import re
@@ -10,21 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+import timm_gsa
 from timm_gsa.layers import GlobalSelfAttention
 from timm_gsa.ops import column_attention, content_attention, global_attention, row_attention
 from timm_gsa.ops.gsa.plain import column_attention as plain_column
 from timm_gsa.ops.gsa.plain import content_and_row_attention as plain_gather
 from timm_gsa.ops.gsa.plain import content_attention as plain_content
 
-from .triton_runs import (
-    INTERPRETED,
-    Interpreted,
-    needs_cuda,
-    needs_interpreter,
-    needs_triton,
-    run_interpreted,
-    spilled,
-)
+from .triton_runs import INTERPRETED, Interpreted, Launches, needs_cuda, needs_triton, spilled
 
 backend = importlib.import_module("timm_gsa.ops._backend")
 KERNELS = "timm_gsa.ops.gsa.triton_attention"
@@ -89,17 +82,23 @@ def assert_near(got: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...
         assert error <= limit, float(error)  # false of NaN
 
 
-def turned(*maps: torch.Tensor) -> list[torch.Tensor]:
+def far(x: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """The same map with these strides."""
+    last = sum(stride * (size - 1) for stride, size in zip(strides, x.shape, strict=True))
+    storage = torch.UntypedStorage(x.element_size() * (last + 1))
+    return torch.empty(0, dtype=x.dtype).set_(storage, 0, x.shape, strides).copy_(x)
+
+
+def transposed(*maps: torch.Tensor) -> list[torch.Tensor]:
     return [x.transpose(-1, -2) for x in maps]
 
 
 def assert_all_agree(kernels: Any, arguments: tuple[Any, ...], dtype: torch.dtype, device: str) -> None:
-    """All functions of the module, along columns and rows, agree with the plain forms in float64."""
+    """All functions of the module agree with the plain forms in float64, along columns and, by `gather`, rows."""
     (query, key, value, grad), table_h, table_w = case(*arguments, dtype, device)
     heads, depth = value.shape[1:3]
-    for (q, v, g), table in (((query, value, grad), table_h), (turned(query, value, grad), table_w)):
-        got = kernels.attend(q, v, table), *kernels.attend_backward(g, q, v, table)
-        assert_near(got, exact(plain_column, q, v, table, g), dtype)
+    got = kernels.attend(query, value, table_h), *kernels.attend_backward(grad, query, value, table_h)
+    assert_near(got, exact(plain_column, query, value, table_h, grad), dtype)
     got = kernels.content(query, key, value), *kernels.content_backward(grad, query, key, value)
     assert_near(got, exact(plain_content, query, key, value, grad), dtype)
 
@@ -111,7 +110,7 @@ def assert_all_agree(kernels: Any, arguments: tuple[Any, ...], dtype: torch.dtyp
     scale, shift = torch.randn(2, heads * depth, device=device)
     q, k, v, h, w, a, b = (x.double() for x in (query, key, value, table_h, table_w, scale, shift))
     column = plain_column(q, v, h) * a.view(heads, depth, 1, 1) + b.view(heads, depth, 1, 1)
-    both = plain_content(q, k, v) + plain_column(*turned(q, column), w).transpose(-1, -2)
+    both = plain_content(q, k, v) + plain_column(*transposed(q, column), w).transpose(-1, -2)
     assert_near((kernels.fused(query, key, value, table_h, table_w, scale, shift),), (both,), dtype)
 
 
@@ -185,84 +184,129 @@ def test_compiled_for_a_gpu_they_keep_what_they_need_in_registers(
         monkeypatch: pytest.MonkeyPatch,
         tmp_path: Path,
 ) -> None:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernels = importlib.import_module(KERNELS)
-    types = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-    compiled = {}
+    launches = recorded(kernels, monkeypatch)
+    everything(kernels, depth, (size, size), "last")
+    names = {name for name, each in launches.items() if each.variants}
+    assert names >= {"_attend_backward", "_context", "_content", "_content_backward"}
+    assert ("_attend_narrow" in names) == (depth == 8)
+    assert ("_merge" in names) == (size > 14)
+    for name in names:
+        for program in launches[name].compiled():
+            if name not in ("_unfold", "_merge"):
+                assert re.search(r"ld\.global\S*\.v4\.b32|cp\.async\S* .*, 0x10", program.asm["ptx"]), name
+            stack, local, told = spilled(program, tmp_path / f"{name}.cubin")
+            assert stack <= 64 and local == 0, (name, told)
 
-    class Compiled:
-        """In place of a kernel: compiles it to machine code, by Triton's own ptxas."""
 
-        def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
+def recorded(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Launches]:
+    """All kernels of the module, none of which is launched from now on."""
+    import triton
 
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            assert all(count > 0 for count in grid)
-            return self.launch
+    launches = {
+        name: Launches(kernel) for name, kernel in vars(kernels).items()
+        if isinstance(kernel, triton.JITFunction) and any(param.do_not_specialize for param in kernel.params)
+    }
+    for name, launch in launches.items():
+        monkeypatch.setattr(kernels, name, launch)
+    return launches
 
-        def launch(self, *args: Any, **named: Any) -> None:
-            options = {name: named.pop(name) for name in ("num_warps", "num_stages") if name in named}
-            given = dict(zip(self.kernel.arg_names, args, strict=False)) | named
-            signature, fixed, aligned = {}, {}, {}
-            for index, name in enumerate(self.kernel.arg_names):
-                x = given[name]
-                if self.kernel.params[index].is_constexpr or (isinstance(x, int) and x == 1):
-                    signature[name], fixed[name] = "constexpr", x
-                    continue
-                signature[name] = types[x.dtype] if isinstance(x, torch.Tensor) else "i32"
-                if isinstance(x, torch.Tensor) or x % 16 == 0:
-                    aligned[(index,)] = [["tt.divisibility", 16]]
-            source = ASTSource(self.kernel, signature, fixed, aligned)
-            compiled[self.kernel.__name__] = triton.compile(source, GPUTarget("cuda", 90, 32), options)
 
-    for name, kernel in list(vars(kernels).items()):
-        if isinstance(kernel, triton.JITFunction) and name.removeprefix("_") in (
-            "attend", "attend_backward", "attend_narrow", "unfold", "context", "content", "content_backward",
-        ):
-            monkeypatch.setattr(kernels, name, Compiled(kernel))
-    (query, key, value, _), table, _ = case(8, depth, (size, size), "last", torch.bfloat16)
-    grad = torch.empty_like(value)
-    kernels.fused(query, key, value, table, table, *torch.ones(2, 8 * depth))
-    kernels.attend_backward(grad, query, value, table)
-    kernels.content_backward(grad, query, key, value)
+def everything(kernels: Any, depth: int, size: tuple[int, int], layout: str) -> None:
+    (query, key, value, grad), table_h, table_w = case(8, depth, size, layout, torch.bfloat16)
+    kernels.fused(query, key, value, table_h, table_w, *torch.ones(2, 8 * depth))
     kernels.content(query, key, value)
-    assert len(compiled) == (6 if (depth, size) == (8, 56) else 5)
-    for name, program in compiled.items():
-        if name != "_unfold":
-            assert re.search(r"ld\.global\S*\.v4\.b32|cp\.async\S* .*, 0x10", program.asm["ptx"]), name
-        stack, local, told = spilled(program, tmp_path / f"{name}.cubin")
-        assert stack <= 64 and local == 0, (name, told)
+    kernels.gather_backward(grad, query, key, value, value, table_w)
+    kernels.attend_backward(grad, query, value, table_h)
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("depth", [8, 16])
+@pytest.mark.parametrize("layout", ["last", "first"])
+def test_maps_of_other_sizes_need_no_compilation(depth: int, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All sizes are of several blocks. Channels first, numbers of positions have the same common factor with 8."""
+    kernels = importlib.import_module(KERNELS)
+    launches = recorded(kernels, monkeypatch)
+    counts = []
+    for size in ((72, 80), (97, 88), (128, 103), (96, 96)):
+        everything(kernels, depth, size, layout)
+        counts.append({name: len(each.variants) for name, each in launches.items()})
+    assert counts[0]["_context"] == 2  # with and without softmax
+    assert all(count == counts[0] for count in counts)
 
 
 # What they compute
 
 
-@pytest.mark.slow
-@needs_interpreter
-@pytest.mark.skipif(INTERPRETED, reason="would start itself")
-def test_in_the_interpreter() -> None:
-    run_interpreted(__file__)
-
-
 class TestKernels(Interpreted):
     """On CPU tensors, in Triton's interpreter, whose matrix products do not take bfloat16."""
 
-    @pytest.mark.parametrize("arguments", CASES)
+    @pytest.mark.parametrize("arguments", [
+        (3, 4, (4, 3), "last"), (1, 5, (34, 1), "first"),
+        *(pytest.param(case, marks=pytest.mark.slow) for case in CASES),
+    ])
     def test_agree_with_the_plain_forms(self, arguments: tuple[Any, ...]) -> None:
         assert_all_agree(importlib.import_module(KERNELS), arguments, torch.float32, "cpu")
 
-    @pytest.mark.parametrize("arguments", [CASES[1], CASES[6]])
+    @pytest.mark.parametrize("arguments", [(1, 8, (33, 1), "last"), pytest.param(CASES[6], marks=pytest.mark.slow)])
     def test_agree_in_half_precision(self, arguments: tuple[Any, ...]) -> None:
         assert_all_agree(importlib.import_module(KERNELS), arguments, torch.float16, "cpu")
+
+    @pytest.mark.parametrize("layout", ["last", pytest.param("first", marks=pytest.mark.slow)])
+    def test_positions_are_split_where_images_and_heads_are_few(self, layout: str) -> None:
+        kernels = importlib.import_module(KERNELS)
+        (query, key, value, grad), _, _ = case(1, 4, (23, 31), layout, torch.float32)
+        assert kernels._splits(2, 23 * 31, 128) == (3, 256)
+        assert kernels._splits(1024, 56 * 56, 128) == (1, 25 * 128)
+        key[0, :, :, :9] = float("-inf")  # of more than a split
+        got = kernels.content(query, key, value), *kernels.content_backward(grad, query, key, value)
+        assert_near(got, exact(plain_content, query, key, value, grad), torch.float32)
+
+    def test_gradient_of_a_float32_table_is_not_rounded_to_half(self) -> None:
+        (query, _, value, grad), table, _ = case(2, 8, (34, 2), "last", torch.float16)
+        for length in (34, 7):
+            q, v, g = (x[..., :length, :] for x in (query, value, grad))
+            wide = table[34 - length:33 + length].float()
+            with timm_gsa.use_backend("triton"):
+                leaf = wide.clone().requires_grad_()
+                out = column_attention(q, v, leaf)
+            (got,) = torch.autograd.grad(out, leaf, g)
+            assert out.dtype == torch.float16 and got.dtype == torch.float32
+            expected = exact(plain_column, q, v, wide, g)[3]
+            assert ((got - got.half()).abs() > 0).any()
+            assert (got.double() - expected).norm() < 3e-4 * expected.norm()
+
+    @pytest.mark.parametrize("layout", ["last", "first"])
+    def test_offsets_beyond_32_bits(self, layout: str) -> None:
+        """Rows, then images, lie 2^30 numbers apart: pages of memory that nobody touches cost nothing."""
+        kernels = importlib.import_module(KERNELS)
+        maps, table, _ = case(1, 4, (3, 2), layout, torch.float32)
+        query, key, value, grad = (torch.cat([x, x[:1]]) for x in maps)
+        inner, step = (1, 8, 4) if layout == "last" else (6, 2, 1), 2 ** 30
+        for strides in ((24, 4, inner[0], step, inner[2]), (step, 4, *inner)):
+            q, k, v, g = (far(x, strides) for x in (query, key, value, grad))
+            got = kernels.attend(q, v, table), *kernels.attend_backward(g, q, v, table)
+            assert_near(got, exact(plain_column, query, value, table, grad), torch.float32)
+            got = kernels.content(q, k, v), *kernels.content_backward(g, q, k, v)
+            assert_near(got, exact(plain_content, query, key, value, grad), torch.float32)
+
+    def test_gradients_may_be_expanded(self) -> None:
+        kernels = importlib.import_module(KERNELS)
+        (query, key, value, _), _, _ = case(1, 4, (2, 3), "last", torch.float32)
+        grad = torch.randn(2, 1, 4, 1, 1).expand_as(value)
+        got = kernels.content(query, key, value), *kernels.content_backward(grad, query, key, value)
+        assert_near(got, exact(plain_content, query, key, value, grad), torch.float32)
+        rows = grad[..., :1] * torch.arange(1., 3.)[:, None]
+        got = kernels.content(query, key, value), *kernels.content_backward(rows.expand_as(value), query, key, value)
+        assert_near(got, exact(plain_content, query, key, value, rows.expand_as(value)), torch.float32)
 
     def test_take_no_images(self) -> None:
         kernels = importlib.import_module(KERNELS)
         (query, key, value, grad), table, _ = case(2, 4, (3, 3), "last", torch.float32)
         maps = query[:0], key[:0], value[:0]
+        assert kernels.gather(*maps, value[:0], table).shape == maps[0].shape
         assert kernels.content(*maps).shape == maps[0].shape
         assert [x.shape for x in kernels.content_backward(grad[:0], *maps)] == [maps[0].shape] * 3
         assert kernels.attend(maps[0], maps[2], table).shape == maps[0].shape

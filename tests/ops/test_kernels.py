@@ -1,6 +1,6 @@
 """Triton kernels prove themselves: a wrong one is refused, one that cannot be launched gives way to plain operators.
 
-What is in `TestKernels` runs in Triton's interpreter, in a process of its own.
+What is in `TestKernels` runs in Triton's interpreter, as those of the other files, in one process of their own.
 """
 import importlib
 import json
@@ -12,6 +12,7 @@ import torch
 import timm_gsa
 from timm_gsa.layers import GlobalSelfAttention
 from timm_gsa.ops import _backend, _checks, _kernels
+from timm_gsa.ops.san import gpu
 
 from .triton_runs import INTERPRETED, Interpreted, needs_interpreter, run_interpreted
 
@@ -21,14 +22,15 @@ CPU = torch.device('cpu')
 @needs_interpreter
 @pytest.mark.skipif(INTERPRETED, reason='is in the interpreter')
 def test_in_the_interpreter() -> None:
-    run_interpreted(__file__)
+    """One size of each kernel at least."""
+    run_interpreted()
 
 
 @pytest.mark.slow
 @needs_interpreter
 @pytest.mark.skipif(INTERPRETED, reason='is in the interpreter')
-def test_whole_models_in_the_interpreter() -> None:
-    run_interpreted(__file__, '--slow', '-m', 'slow')
+def test_at_all_sizes_in_the_interpreter() -> None:
+    run_interpreted('--slow', '-m', 'slow')
 
 
 class OutOfResources(Exception):
@@ -122,6 +124,36 @@ class TestKernels(Interpreted):
         with timm_gsa.use_backend('triton'), torch.no_grad():
             choices = timm_gsa.explain(model, images)
         assert choices['layer1.0.conv2'] == [_backend.Choice('global_self_attention', 'triton', {})]
+
+
+def test_a_grid_has_one_axis_that_a_device_has() -> None:
+    assert _kernels.grid_of(2 ** 31 - 1) == (2 ** 31 - 1,)
+    with pytest.raises(_kernels.TooManyPrograms, match='at most 2147483647 programs, got 2147483648'):
+        _kernels.grid_of(2 ** 31)
+
+
+def test_more_programs_than_a_grid_has_are_computed_plainly() -> None:
+    _kernels._warn_once.cache_clear()
+    launch = _kernels.guarded(lambda count: ('plain', count))(lambda count: ('kernel', *_kernels.grid_of(count)))
+    assert launch(7) == ('kernel', 7)
+    with pytest.warns(UserWarning, match='at most 2147483647 programs'):
+        assert launch(2 ** 31) == ('plain', 2 ** 31)
+
+
+@pytest.mark.parametrize(('shape', 'strides', 'innermost', 'expected'), [
+    ((2, 24, 5, 7), (840, 1, 168, 24), (1,), ([105, 0, 21, 3], 8, 839)),
+    ((2, 24, 5, 7), (840, 35, 7, 1), (), ([840, 35, 7, 1], 1, 839)),
+    ((1, 24, 5, 1), (999, 1, 20, 3), (1,), ([0, 0, 5, 0], 4, 103)),
+])
+def test_layouts_are_told_in_steps_of_a_common_factor(shape, strides, innermost, expected) -> None:
+    x = torch.empty(2000, dtype=torch.bfloat16).as_strided(shape, strides)
+    assert _kernels.layout_of(x, innermost) == expected
+
+
+def test_caches_are_bounded() -> None:
+    """No cache keyed by sizes grows without end."""
+    for cache in (_kernels._warn_once, _kernels.why_not_proven, gpu._memory_on):
+        assert cache.cache_parameters()['maxsize'] is not None
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or INTERPRETED, reason='needs a machine without a CUDA device')

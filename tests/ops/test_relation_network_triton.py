@@ -1,7 +1,7 @@
 """The Triton kernels behind SAN's small networks: in Triton's interpreter on any machine, on a GPU where there is one.
 
 Triton decides at its import whether it interprets, so what is in `TestKernels` runs in a process of its own, started by
-`test_in_the_interpreter`.
+test_kernels.py.
 """
 import importlib
 from pathlib import Path
@@ -14,15 +14,8 @@ from timm_gsa.ops.san.neighbourhood import reflect_pad, same_padding, windows
 from timm_gsa.ops.san.plain import on_differences, on_patches
 
 from .test_aggregation_triton import laid
-from .triton_runs import (
-    INTERPRETED,
-    Interpreted,
-    needs_cuda,
-    needs_interpreter,
-    needs_triton,
-    run_interpreted,
-    spilled,
-)
+from .test_global_attention_triton import far
+from .triton_runs import INTERPRETED, Interpreted, Launches, needs_cuda, needs_triton, spilled
 
 PAIRWISE = [(112, 3, 6, 4, 2), (56, 7, 18, 16, 8), (28, 7, 34, 32, 16), (14, 7, 66, 64, 32), (7, 7, 130, 128, 64)]
 PATCHWISE = [(112, 3, 4, 2), (56, 7, 16, 8), (28, 7, 32, 16), (14, 7, 64, 32), (7, 7, 128, 64)]
@@ -158,61 +151,60 @@ def assert_near(got: list[torch.Tensor], want: list[torch.Tensor], tolerance: fl
 # What they are compiled to
 
 
-class Compiler:
-    """In place of `_launch`: compiles a kernel for sm_90, by Triton's own ptxas, and notes what it takes."""
-
-    TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.spilled: list[tuple[int, int, str]] = []
-        self.shared: list[int] = []
-
-    def __call__(
-            self,
-            kernel: Any,
-            grid: tuple[int, int],
-            tensors: list[torch.Tensor],
-            numbers: list[int],
-            constants: dict[str, Any],
-            warps: int,
-    ) -> None:
-        import triton
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-
-        assert all(count > 0 for count in grid)
-        names = kernel.arg_names
-        given = dict(zip(names, [*tensors, *numbers], strict=False)) | constants
-        assert set(given) == set(names)
-        signature = {
-            name: "constexpr" if name in constants else self.TYPES.get(getattr(x, "dtype", None), "i32")
-            for name, x in given.items()
-        }
-        aligned = {(n,): [["tt.divisibility", 16]] for n in range(len(tensors))}
-        source = ASTSource(kernel, signature, constants, aligned)
-        program = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": warps, "num_stages": 1})
-        self.spilled.append(spilled(program, self.folder / f"{len(self.spilled)}.cubin"))
-        self.shared.append(program.metadata.shared)
-
-
 @pytest.fixture
-def compiler(kernels: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiler:
-    compiler = Compiler(tmp_path)
+def launches(kernels: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Launches]:
+    """The kernels, none of which is launched."""
+    import triton
+
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(kernels, "_launch", compiler)
-    return compiler
+    launches = {
+        name: Launches(kernel) for name, kernel in vars(kernels).items()
+        if isinstance(kernel, triton.JITFunction) and any(param.do_not_specialize for param in kernel.params)
+    }
+    for name, launch in launches.items():
+        monkeypatch.setattr(kernels, name, launch)
+    return launches
+
+
+def compiled(launches: dict[str, Launches]) -> list[Any]:
+    return [program for launch in launches.values() for program in launch.compiled()]
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("layout", ["last", "first"])
+def test_maps_of_other_sizes_need_no_compilation(
+        kernels: Any,
+        launches: dict[str, Launches],
+        layout: str,
+) -> None:
+    window, dtype = (3, 1), torch.bfloat16
+    for size in ((8, 9), (7, 13), (16, 16), (20, 3)):
+        case = difference_case(size, *window, 24, 16, 8, layout, dtype=dtype)
+        by_difference_functions(kernels, case, *window)
+        by_patch_functions(kernels, patch_case(size, *window, 16, 8, layout, dtype=dtype), *window)
+    counts = {name: len(launch.variants) for name, launch in launches.items()}
+    # Gradients of query and key, each with and without a norm.
+    assert counts.pop("_difference_input_gradient") == 4
+    assert counts and set(counts.values()) == {1}
 
 
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("channels", [18, 24])
-def test_compiled_for_a_gpu_they_keep_their_sums_in_registers(kernels: Any, compiler: Compiler, channels: int) -> None:
+def test_compiled_for_a_gpu_they_keep_their_sums_in_registers(
+        kernels: Any,
+        launches: dict[str, Launches],
+        channels: int,
+        tmp_path: Path,
+) -> None:
     window, dtype = (7, 1), torch.bfloat16
     by_difference_functions(kernels, difference_case((8, 9), *window, channels, 16, 8, dtype=dtype), *window)
     by_patch_functions(kernels, patch_case((8, 9), *window, 16, 8, dtype=dtype), *window)
-    assert len(compiler.spilled) == 10
-    for stack, local, told in compiler.spilled:
+    programs = compiled(launches)
+    assert len(programs) == 10
+    for number, program in enumerate(programs):
+        stack, local, told = spilled(program, tmp_path / f"{number}.cubin")
         assert stack <= 32 and local == 0, told  # at most 8 registers are spilled
 
 
@@ -226,7 +218,7 @@ def test_compiled_for_a_gpu_they_keep_their_sums_in_registers(kernels: Any, comp
 ])
 def test_shared_memory_is_what_they_say(
         kernels: Any,
-        compiler: Compiler,
+        launches: dict[str, Launches],
         dtype: torch.dtype,
         channels: int,
         hidden: int,
@@ -238,26 +230,23 @@ def test_shared_memory_is_what_they_say(
     if served:
         by_difference_functions(
             kernels, difference_case((8, 9), *window, channels, hidden, groups, dtype=dtype), *window)
-        assert most / 2 < max(compiler.shared) <= most
-        compiler.shared.clear()
+        assert most / 2 < max(program.metadata.shared for program in compiled(launches)) <= most
+        for launch in launches.values():
+            launch.variants.clear()
     by_patch_functions(kernels, patch_case((8, 9), *window, channels - 2, groups, dtype=dtype), *window)
-    assert max(compiler.shared) <= kernels.patch_memory(channels - 2, groups, dtype) <= 99 * 1024
+    shared = max(program.metadata.shared for program in compiled(launches))
+    assert shared <= kernels.patch_memory(channels - 2, groups, dtype) <= 99 * 1024
 
 
 # What they compute
 
 
-@pytest.mark.slow
-@needs_interpreter
-@pytest.mark.skipif(INTERPRETED, reason="would start itself")
-def test_in_the_interpreter() -> None:
-    run_interpreted(__file__)
-
-
 class TestKernels(Interpreted):
     """On CPU tensors, in Triton's interpreter."""
 
-    @pytest.mark.parametrize(("size", "kernel_size", "dilation", "channels", "hidden", "groups", "layout"), SHAPES)
+    @pytest.mark.parametrize(("size", "kernel_size", "dilation", "channels", "hidden", "groups", "layout"), [
+        *SHAPES[1:2], *(pytest.param(*shape, marks=pytest.mark.slow) for shape in (SHAPES[:1] + SHAPES[2:])),
+    ])
     def test_differences(
             self,
             kernels: Any,
@@ -276,7 +265,9 @@ class TestKernels(Interpreted):
         got = by_difference_functions(kernels, case, kernel_size, dilation)
         assert_near(got, by_differences(case, kernel_size, dilation), 1e-5)
 
-    @pytest.mark.parametrize(("size", "kernel_size", "dilation", "channels", "hidden", "groups", "layout"), SHAPES)
+    @pytest.mark.parametrize(("size", "kernel_size", "dilation", "channels", "hidden", "groups", "layout"), [
+        *SHAPES[1:2], *(pytest.param(*shape, marks=pytest.mark.slow) for shape in (SHAPES[:1] + SHAPES[2:])),
+    ])
     def test_patches(
             self,
             kernels: Any,
@@ -304,6 +295,8 @@ class TestKernels(Interpreted):
             got = by_difference_functions(kernels, mixed, *window)
             assert [x.dtype for x in got] == [torch.float64, dtype, *[wide] * 3, *[maps] * 4]
             assert_near(got, by_differences(case, *window), 0.03)
+            if maps == wide:  # gradients of float32 maps are not rounded to the type of the matrices
+                assert all((x != x.half()).any() for x in got[5:])
         case = patch_case((4, 5), *window, 6, 4, dtype=dtype)
         mixed = [x.float() if 0 < n < 4 else x for n, x in enumerate(case)]
         got = by_patch_functions(kernels, mixed, *window)
@@ -316,6 +309,7 @@ class TestKernels(Interpreted):
         case |= {name: case[name].float() + 1000 for name in ("query", "padded")}
         assert_near(by_difference_functions(kernels, case, *window), by_differences(case, *window), 0.03)
 
+    @pytest.mark.slow
     def test_tiles_of_half_precision_on_maps_that_do_not_fill_them(self, kernels: Any) -> None:
         window = 3, 1
         case = difference_case((9, 15), *window, 66, 20, 3, dtype=torch.float16)
@@ -323,6 +317,7 @@ class TestKernels(Interpreted):
         case = patch_case((9, 15), *window, 20, 3, dtype=torch.float16)
         assert_near(by_patch_functions(kernels, case, *window), by_patches(case, *window), 0.03)
 
+    @pytest.mark.slow
     def test_logits_lie_with_groups_innermost_and_maps_with_channels(self, kernels: Any) -> None:
         window = 3, 1
         case = difference_case((4, 5), *window, 6, 4, 2, "first")
@@ -332,6 +327,7 @@ class TestKernels(Interpreted):
         maps = got[5:] + by_patch_functions(kernels, case, *window)[:2]
         assert all(x.is_contiguous(memory_format=torch.channels_last) for x in maps)
 
+    @pytest.mark.slow
     def test_gradients_may_lie_anyhow(self, kernels: Any) -> None:
         window = 3, 1
         case = difference_case((4, 5), *window, 3, 4, 2)
@@ -341,18 +337,32 @@ class TestKernels(Interpreted):
         constant = case | {"grad": torch.tensor(0.5).expand_as(case["grad"])}
         assert_near(by_difference_functions(kernels, constant, *window), by_differences(constant, *window), 1e-5)
 
+    @pytest.mark.parametrize(("programs", "buffer"), [
+        (6, 2 ** 20), *(pytest.param(*limits, marks=pytest.mark.slow) for limits in ((1, 2 ** 20), (64, 100))),
+    ])
     def test_places_and_positions_are_shared_among_programs(
             self,
             kernels: Any,
+            programs: int,
+            buffer: int,
             monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         window = 3, 1
-        case, patches = difference_case((3, 7), *window, 3, 2, 2, batch=3), patch_case((3, 7), *window, 3, 2, batch=3)
-        for programs, buffer in ((1, 2 ** 20), (6, 2 ** 20), (64, 100)):
-            monkeypatch.setattr(kernels, "_PROGRAMS", programs)
-            monkeypatch.setattr(kernels, "_BUFFER", buffer)
-            assert_near(by_difference_functions(kernels, case, *window), by_differences(case, *window), 1e-5)
-            assert_near(by_patch_functions(kernels, patches, *window), by_patches(patches, *window), 1e-5)
+        case, patches = difference_case((3, 4), *window, 3, 2, 2, batch=3), patch_case((3, 4), *window, 3, 2, batch=3)
+        monkeypatch.setattr(kernels, "_PROGRAMS", programs)
+        monkeypatch.setattr(kernels, "_BUFFER", buffer)
+        assert_near(by_difference_functions(kernels, case, *window), by_differences(case, *window), 1e-5)
+        assert_near(by_patch_functions(kernels, patches, *window), by_patches(patches, *window), 1e-5)
+
+    def test_offsets_beyond_32_bits(self, kernels: Any) -> None:
+        """Rows lie 2^30 numbers apart: pages of memory that nobody touches cost nothing."""
+        window, step = (3, 1), 2 ** 30
+        case = difference_case((2, 3), *window, 3, 2, 2, batch=1)
+        far_case = case | {name: far(case[name], (64, 1, step, 8)) for name in ("query", "padded")}
+        assert_near(by_difference_functions(kernels, far_case, *window), by_differences(case, *window), 1e-5)
+        padded, *more = patches = patch_case((2, 3), *window, 3, 2, batch=1)
+        got = by_patch_functions(kernels, [far(padded, (64, 1, step, 8)), *more], *window)
+        assert_near(got, by_patches(patches, *window), 1e-5)
 
     def test_empty_batch(self, kernels: Any) -> None:
         window = 3, 1

@@ -52,16 +52,60 @@ class Interpreted:
         torch.use_deterministic_algorithms(False)
 
 
-def run_interpreted(file: str, *options: str) -> None:
-    """Run `TestKernels` of a file in a process of its own, as Triton decides at its import whether it interprets."""
+def run_interpreted(*options: str) -> None:
+    """Run `TestKernels` of all files in one process, as Triton decides at its import whether it interprets."""
+    folder = Path(__file__).parent
+    files = [folder / "test_kernels.py", *sorted(folder.glob("test_*triton.py"))]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{file}::TestKernels", *options],
+        [
+            sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+            *(f"{file}::TestKernels" for file in files), *options,
+        ],
         env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(file).parents[2],
+        cwd=folder.parents[1],
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+class Launches:
+    """In place of a kernel: keeps what Triton would compile its launches for, on a GPU that is not here."""
+
+    def __init__(self, kernel: Any, capability: int = 90) -> None:
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import make_backend
+        from triton.runtime.jit import create_function_from_signature
+
+        self.kernel = kernel
+        self.target = GPUTarget("cuda", capability, 32)
+        self.backend = make_backend(self.target)
+        self.bind = create_function_from_signature(kernel.signature, kernel.params, self.backend)
+        self.variants: dict[str, tuple[Any, Any, Any]] = {}  # what a launch is compiled for once
+
+    def __getitem__(self, grid: Any) -> Any:
+        assert 0 < grid[0] < 2 ** 31 and all(0 < count < 2 ** 16 for count in grid[1:])
+        return self.launch
+
+    def launch(self, *args: Any, **named: Any) -> None:
+        bound, specialization, options = self.bind(*args, **named)
+        self.variants[f"{specialization} {options}"] = bound, specialization, options
+
+    def compiled(self) -> Iterator[Any]:
+        """Every variant as machine code, by Triton's own ptxas."""
+        import triton
+        from triton.compiler import ASTSource
+
+        for bound, specialization, options in self.variants.values():
+            kinds = dict(zip(bound, specialization, strict=True))
+            signature = {name: kind[0] for name, kind in kinds.items()}
+            constants = {name: bound[name] for name, kind in kinds.items() if kind[0] == "constexpr"}
+            attributes = {
+                (n,): self.backend.parse_attr(kind[1])
+                for n, kind in enumerate(kinds.values()) if kind[0] != "constexpr" and isinstance(kind[1], str)
+            }
+            source = ASTSource(self.kernel, signature, constants, attributes)
+            yield triton.compile(source, self.target, options)
 
 
 def spilled(program: Any, binary: Path) -> tuple[int, int, str]:

@@ -44,7 +44,8 @@ def test_operations_are_measured_against_their_plain_formulations(tmp_path, caps
 @pytest.mark.parametrize('what', ['inference', 'training', 'scaling'])
 def test_models_are_measured_beside_a_resnet50(what, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, 'BASE', 'test_resnet')  # small enough to be measured in a moment
-    arguments = ['--models', 'san_tiny_patchwise', 'priorattn_resnet_tiny', '--batch-size', '2', '--rounds', '1',
+    names = ('san_tiny_patchwise', 'priorattn_resnet_tiny', 'smlpnet_mini', 'dcac_mini')
+    arguments = ['--models', *names, '--batch-size', '2', '--rounds', '1',
                  '--img-size', '64', '--img-sizes', '64', '96', '--batch-sizes', '1', '2', '--device', 'cpu',
                  '--channels-last']
     assert benchmark.main([what, *arguments]) == 0
@@ -55,7 +56,7 @@ def test_models_are_measured_beside_a_resnet50(what, monkeypatch, capsys):
         assert '96 px, batch 1' not in table
     else:
         assert '| test_resnet eager |' in table and '| san_tiny_patchwise plain |' in table
-    assert '| priorattn_resnet_tiny |' in table
+    assert all(f'| {name} |' in table for name in names)
 
 
 def test_layers_stand_beside_convolutions_and_their_products_alone(capsys):

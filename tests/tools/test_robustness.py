@@ -200,6 +200,24 @@ def test_a_run_of_train_is_probed_as_its_arguments_say(data, tmp_path, capsys):
     assert '| twin | 1 |' in capsys.readouterr().out
 
 
+def test_networks_without_attention_stand_beside_those_with_it(data, tmp_path, capsys):
+    paths = []
+    for name in ('smlpnet_mini', 'dcac_mini', 'gsa_resnet_tiny'):
+        run = tmp_path / 'runs' / f'{name}-seed0'
+        run.mkdir(parents=True)
+        paths.append(run / 'last.pth.tar')
+        torch.save({'state_dict': timm.create_model(name, num_classes=3).state_dict()}, paths[-1])
+        (run / 'args.yaml').write_text(yaml.safe_dump(dict(
+            model=name, model_kwargs={}, num_classes=3, gp=None, input_size=[3, 64, 64], img_size=None,
+            mean=[0.5, 0.5, 0.5], std=[0.3, 0.3, 0.3], interpolation='bilinear', crop_pct=1.0)))
+    assert robustness.main([
+        '--data-dir', str(data), '--split', 'val', '--checkpoint', *map(str, paths), '--num-samples', '3',
+        '--steps', '1', '--device', 'cpu']) == 0
+    rows = [line.split(' | ') for line in capsys.readouterr().out.splitlines() if ' | 1 | ' in line]
+    assert [row[0] for row in rows] == ['| smlpnet_mini', '| dcac_mini', '| gsa_resnet_tiny']
+    assert {len(row) for row in rows} == {2 + len(TURNS) + 2}
+
+
 def test_a_pretrained_model_is_probed_and_the_result_repeats(data, capsys):
     arguments = ['--data-dir', str(data), '--split', 'val', '--model', 'san_tiny_patchwise', '--num-samples', '3',
                  '--steps', '2', '--device', 'cpu']

@@ -262,7 +262,7 @@ def test_vanished_test_function_is_noticed(
 
 @pytest.mark.parametrize(("version", "expected"), [("1.0.21", 11), ("1.0.30", 11), ("1.0.31", 28), ("1.1.0.dev0", 28)])
 def test_number_of_functions_to_expect_follows_the_release(tool: ModuleType, version: str, expected: int) -> None:
-    report = dict.fromkeys(("cases", "missing", "undecided", "contradictions", "needs_weights"), ())
+    report = dict.fromkeys(("cases", "functions", "missing", "undecided", "contradictions", "needs_weights"), ())
     problems = tool.judge(0, {**report, "cases": {}, "models": ["some"]}, version)
     assert f"some: 0 test functions, timm {version} has at least {expected}" in problems
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from ..interpret import (
+    AxialMaps,
     GaussianMaps,
     GlobalMaps,
     LayerAttention,
@@ -220,10 +221,16 @@ def _layer_panels(attention: LayerAttention) -> list[Panel]:
                 WEIGHT,
             ),
         ]
+    if isinstance(attention, AxialMaps):
+        return [
+            Panel('weight', f'{attention.layer} {name}', size, _array(weight[0, 0, 0]), WEIGHT)
+            for name, weight in attention.maps.items()
+        ]
     if isinstance(attention, GaussianMaps):
         detail = f'{size}, radius {abs(attention.radius):.2f} cells'
     else:
-        assert isinstance(attention, NeighbourhoodMaps)
+        if not isinstance(attention, NeighbourhoodMaps):
+            raise ValueError(f'layer {attention.layer} weighs channels, not positions: there is no map to draw')
         groups = attention.weight.shape[1]
         detail = f'{size}, ' + ('one group' if groups == 1 else f'mean of {groups} groups')
     weight = _array(attention.weight[0, :, 0].mean(0))

@@ -78,7 +78,7 @@ def backends(device: torch.device) -> Iterator[tuple[str, str]]:
             continue
         reason = _backend.why_not_available(name)
         if reason is None and name == 'cpu' and device.type != 'cpu':
-            reason = f'on tensors of a CPU alone, not of {device.type}'
+            reason = f'it computes on a CPU only, not on {device.type}'
         yield f'backend {name}', 'available' if reason is None else f'not available: {reason}'
 
 

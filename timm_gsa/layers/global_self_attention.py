@@ -115,11 +115,11 @@ class GlobalSelfAttention(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name, table in (('rel_h', self.rel_h), ('rel_w', self.rel_w)):
-            given = state_dict.get(prefix + name)
-            if table is None:
+            loaded = state_dict.get(prefix + name)
+            if table is None or loaded is None or loaded.ndim != 2:
                 continue
-            if given is not None and given.ndim == 2 and given.shape[0] % 2 == 1 and given.shape[1] == table.shape[1]:
-                state_dict[prefix + name] = resize_relative_table(given, (table.shape[0] + 1) // 2)
+            if loaded.shape[0] % 2 == 1 and loaded.shape[1] == table.shape[1]:
+                state_dict[prefix + name] = resize_relative_table(loaded, (table.shape[0] + 1) // 2)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def project(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -142,8 +142,8 @@ class GlobalSelfAttention(nn.Module):
         if self.rel_h is None or self.rel_w is None:
             return self._pool(content_attention(query, parts[1], value))
         height, width = x.shape[-2:]
-        rel_h = resize_relative_table(self.rel_h, height).to(query.dtype)
-        rel_w = resize_relative_table(self.rel_w, width).to(query.dtype)
+        rel_h = resize_relative_table(self.rel_h, height)
+        rel_w = resize_relative_table(self.rel_w, width)
         column = self.norm(column_attention(query, value, rel_h).reshape(x.shape)).reshape(value.shape)
         if self.branches == 'position':
             return self._pool(row_attention(query, column, rel_w))

@@ -14,6 +14,8 @@ import torch.nn as nn
 from timm.layers import LayerType, get_act_layer, get_norm_layer, register_notrace_module, to_2tuple
 
 from ..ops import column_mixing, resize_mixing_bias, resize_mixing_matrix, row_mixing
+from ..ops._backend import short_cut
+from ..ops.sparse_mlp import JOIN
 
 __all__ = ['AxialMixing', 'DepthwiseBlock', 'SparseMLP']
 
@@ -162,4 +164,9 @@ class SparseMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.act(self.norm(x))
-        return self.fuse(torch.cat([x, self.width(x), self.height(x)], dim=1))
+        rows, columns = self.width(x), self.height(x)
+        if not torch.jit.is_scripting():
+            joined = short_cut(JOIN, self, x, rows, columns)
+            if joined is not None:
+                return joined
+        return self.fuse(torch.cat([x, rows, columns], dim=1))

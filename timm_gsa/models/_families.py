@@ -5,6 +5,8 @@ Adding a family is its model file with the layer and operation files it needs, a
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from timm.models import is_model_pretrained
+
 __all__ = ['FAMILIES', 'Family', 'family_of', 'tiny_models']
 
 
@@ -18,7 +20,7 @@ class Family:
         arxiv: arXiv number of the paper.
         bibtex: Citation of the paper.
         prefix: Start of the names of its models.
-        tiny: Models that train on a CPU, one for each kind of attention; their pretrained weights are in the package.
+        tiny: Models that train on a CPU, one for each kind of attention.
         smallest: The smallest model of the paper's size for each kind.
         usual: Models that benchmarks compare with ResNet-50.
         verified: What is verified, in Markdown.
@@ -26,6 +28,10 @@ class Family:
         attention: True if `timm_gsa.attention_maps` reads its models.
         rollout: True if attention rollout is defined for its models.
         sized: True if its models take `img_size`.
+        strides: Strides of the maps that its models give as features.
+        output_strides: Values of `output_stride` that its models take.
+        small_stem: True if its models take `stem_type='small'`.
+        final_norm: True if a norm stands between the last of these maps and the pool.
         code: Address of the authors' code.
         code_license: Licence of that code and of the authors' weights.
         reported: ImageNet-1k top-1 in percent by model, as the paper reports it.
@@ -47,6 +53,10 @@ class Family:
     attention: bool
     rollout: bool = False
     sized: bool = False
+    strides: tuple[int, ...] = (2, 4, 8, 16, 32)
+    output_strides: tuple[int, ...] = (8, 16, 32)
+    small_stem: bool = False
+    final_norm: bool = False
     code: str | None = None
     code_license: str | None = None
     reported: Mapping[str, float] = field(default_factory=dict)
@@ -81,6 +91,7 @@ FAMILIES = (
         attention=True,
         rollout=True,
         sized=True,
+        small_stem=True,
         reported={'gsa_resnet50': 78.5, 'gsa_resnet101': 79.6},
         reported_status='recalled; an author states +1.6 over ResNet-50 for 50 layers',
     ),
@@ -105,6 +116,7 @@ FAMILIES = (
         ours='maps smaller than reflection allows, `output_stride`, stochastic depth',
         attention=True,
         rollout=True,
+        small_stem=True,
         code='https://github.com/hszhao/SAN',
         code_license='mit',
         reported={
@@ -132,6 +144,7 @@ FAMILIES = (
         verified="a reconstruction; the paper's parameter and FLOP claims for depth 152 are reproduced",
         ours='one radius a layer, its initial value and unit, pool before the value projection, depths 18 and 34',
         attention=True,
+        small_stem=True,
         reported={'priorattn_resnet152': 80.0},
         reported_status='derived from the claim of +0.9 over AA-ResNet-152',
     ),
@@ -146,8 +159,8 @@ FAMILIES = (
   booktitle = {AAAI}, year = {2022}
 }""",
         prefix='smlpnet',
-        tiny=(),
-        smallest=(),
+        tiny=('smlpnet_mini',),
+        smallest=('smlpnet_tiny',),
         usual=('smlpnet_tiny',),
         verified=(
             "modules and whole networks against the authors' code in float64, with gradients and running statistics; "
@@ -156,12 +169,15 @@ FAMILIES = (
         ours='images of another size than 224 and another aspect ratio, `smlpnet_mini`',
         attention=False,
         sized=True,
+        strides=(4, 8, 16, 32),
+        output_strides=(32,),
+        final_norm=True,
         code='https://github.com/microsoft/SPACH',
         code_license='mit',
         reported={'smlpnet_tiny': 81.9, 'smlpnet_small': 83.1, 'smlpnet_base': 83.4},
         reported_status="the authors' README",
         reported_confirmed=True,
-        weights="the authors' file, by `pretrained_cfg_overlay`",
+        weights="the authors' file, by timm-gsa convert-smlpnet",
     ),
     Family(
         name='dcac',
@@ -175,8 +191,8 @@ FAMILIES = (
   year = {2022}, eprint = {2208.06980}, archivePrefix = {arXiv}
 }""",
         prefix='dcac',
-        tiny=(),
-        smallest=(),
+        tiny=('dcac_mini',),
+        smallest=('dcac_325mf',),
         usual=('dcac_325mf',),
         verified=(
             "reduced networks against the authors' code in float64, with gradients and running statistics; parameters "
@@ -203,6 +219,12 @@ def family_of(model: str) -> Family:
     raise ValueError(f'model must start with {", ".join(family.prefix for family in FAMILIES)}, got {model!r}')
 
 
-def tiny_models(attention: bool = False) -> tuple[str, ...]:
-    """Names of the tiny models of all families, or only of those with attention."""
-    return tuple(name for family in FAMILIES if family.attention or not attention for name in family.tiny)
+def tiny_models(attention: bool = False, untrained: bool = False) -> tuple[str, ...]:
+    """Names of the tiny models of all families that have weights in the package.
+
+    Args:
+        attention: Leave out families that have no attention to show.
+        untrained: Name the models without weights, too.
+    """
+    names = (name for family in FAMILIES if family.attention or not attention for name in family.tiny)
+    return tuple(name for name in names if untrained or is_model_pretrained(name))

@@ -7,17 +7,29 @@ before and inside timm's own loading.
 import functools
 import hashlib
 import json
+import pickle
 import re
+import warnings
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn as nn
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 
-__all__ = ['ORGANIZATION', 'WEIGHTS_NAME', 'checked', 'fetch_weights', 'git_sha1', 'hub_id', 'recorded']
+__all__ = [
+    'ORGANIZATION',
+    'WEIGHTS_NAME',
+    'checked',
+    'fetch_weights',
+    'git_sha1',
+    'hub_id',
+    'read_checkpoint',
+    'recorded',
+]
 
 ORGANIZATION = 'timm-gsa'  # on the Hugging Face Hub
 WEIGHTS_NAME = 'model.safetensors'
@@ -126,6 +138,36 @@ def git_sha1(data: bytes) -> str:
     digest = hashlib.sha1(b'blob %d\0' % len(data), usedforsecurity=False)
     digest.update(data)
     return digest.hexdigest()
+
+
+def read_checkpoint(path: Path, allowed: tuple[type, ...] = ()) -> Any:
+    """What a file of torch.save holds, on the CPU; none of the code of its pickle runs.
+
+    Args:
+        path: The file.
+        allowed: Classes that its pickle may ask for beside tensors and plain containers.
+
+    Raises:
+        OSError: The file cannot be read.
+        RuntimeError: It is no checkpoint, or its pickle asks for another class, which the message names.
+    """
+    with path.open('rb') as file:
+        zipped = file.read(4) == b'PK\x03\x04'  # the format since torch 1.6, the only one that can be mapped
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(list(allowed)):
+            warnings.simplefilter('ignore')
+            return torch.load(str(path), map_location='cpu', weights_only=True, mmap=zipped)
+    except Exception as error:  # torch's readers stumble over damaged files in all kinds of ways
+        raise RuntimeError(_why_unread(error)) from error
+
+
+def _why_unread(error: Exception) -> str:
+    """Why torch could not read a file, in one line; its own advice is to switch the protection off."""
+    text = str(error)
+    if isinstance(error, pickle.UnpicklingError):
+        name = re.search(r'GLOBAL (\S+)', text)
+        return f'refused, since its pickle asks for {name[1]}' if name else 'no checkpoint of torch, or a damaged one'
+    return f'no checkpoint of torch, or a damaged one ({text.partition(chr(10))[0].partition(". ")[0] or repr(error)})'
 
 
 def checked(filter_fn: Callable[..., dict[str, Any]] | None) -> Callable[..., dict[str, Any]]:

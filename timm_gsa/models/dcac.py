@@ -20,6 +20,7 @@ from timm.layers import DropPath, LayerType, get_act_layer, get_norm_layer
 from timm.models import register_model
 from timm.models.resnet import Bottleneck, ResNet
 
+from ..layers._pool import HalvingAveragePool
 from ._zoo import create_from_zoo, default_cfg, zoo_cfgs
 
 __all__ = ['DCAC', 'CondenserBlock', 'checkpoint_filter_fn']
@@ -51,6 +52,7 @@ class CondenserBlock(nn.Module):
         act_layer: Activation layer.
         norm_layer: Norm layer.
         drop_path: Rate of stochastic depth of F without attention; a gate cannot be left out.
+        min_size: Smallest side of the images of the network, for the error of `pool` on smaller ones.
 
     Raises:
         ValueError: `width` is no multiple of 4, or a block without attention does not keep size and channels.
@@ -67,6 +69,7 @@ class CondenserBlock(nn.Module):
             act_layer: LayerType = nn.SiLU,
             norm_layer: LayerType = nn.BatchNorm2d,
             drop_path: float = 0.,
+            min_size: int | None = None,
             device: Any = None,
             dtype: torch.dtype | None = None,
     ) -> None:
@@ -93,7 +96,7 @@ class CondenserBlock(nn.Module):
                 **dd,
             )
 
-        self.pool: nn.Module = nn.AvgPool2d(kernel_size=2, stride=2) if stride == 2 else nn.Identity()
+        self.pool: nn.Module = HalvingAveragePool(min_size) if stride == 2 else nn.Identity()
         if self.bottleneck:
             self.conv1 = nn.Conv2d(in_dim, width, kernel_size=1, bias=False, **dd)
         else:
@@ -111,7 +114,7 @@ class CondenserBlock(nn.Module):
         self.downsample: nn.Module | None = None
         if attention:
             self.downsample = nn.Sequential(OrderedDict(
-                pool=nn.AvgPool2d(kernel_size=2, stride=2) if stride == 2 else nn.Identity(),
+                pool=HalvingAveragePool(min_size) if stride == 2 else nn.Identity(),
                 conv=nn.Conv2d(in_dim, dim, kernel_size=1, bias=False, **dd),
                 norm=norm_layer(dim, **dd),
             ))
@@ -233,6 +236,7 @@ class DCAC(ResNet):
                     act_layer=act_layer,
                     norm_layer=norm_layer,
                     drop_path=rates.pop(0) if block > 0 else 0.,
+                    min_size=output_stride - 3,  # the first two halvings round up, the others down
                     **dd,
                 )
                 for block in range(depth)

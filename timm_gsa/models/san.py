@@ -8,6 +8,7 @@ running statistics; all six parameter counts and costs. The authors' checkpoints
 maps smaller than reflection allows, `output_stride` (the authors' networks have none), stochastic depth, the form for
 small images and the tiny networks.
 """
+import functools
 import re
 from collections import OrderedDict
 from typing import Any
@@ -98,6 +99,16 @@ class SANBlock(nn.Module):
         return shortcut + self.drop_path(self.conv(x))
 
 
+def _check_stages(attn_type: str, **stages: tuple[int, ...]) -> None:
+    if attn_type not in _ATTENTION:
+        raise ValueError(f"attn_type must be 'pairwise' or 'patchwise', got {attn_type!r}")
+    for name, value in stages.items():
+        if len(value) != 5:
+            raise ValueError(f'{name} must have one number for each of the 5 stages, got {tuple(value)}')
+    if any(c % 32 for c in stages['channels']):
+        raise ValueError(f"channels must be multiples of 32, got {tuple(stages['channels'])}")
+
+
 class SAN(ResNet):
     """Self-attention network on the frame of timm's ResNet: its head, feature taps and tools, SAN's stem and stages.
 
@@ -145,14 +156,8 @@ class SAN(ResNet):
             device: Any = None,
             dtype: torch.dtype | None = None,
     ) -> None:
-        if attn_type not in _ATTENTION:
-            raise ValueError(f"attn_type must be 'pairwise' or 'patchwise', got {attn_type!r}")
         check_stem(stem_type, output_stride, ('', SMALL_STEM))
-        for name, value in (('layers', layers), ('kernel_sizes', kernel_sizes), ('channels', channels)):
-            if len(value) != 5:
-                raise ValueError(f'{name} must have one number for each of the 5 stages, got {tuple(value)}')
-        if any(c % 32 for c in channels):
-            raise ValueError(f'channels must be multiples of 32, got {tuple(channels)}')
+        _check_stages(attn_type, layers=layers, kernel_sizes=kernel_sizes, channels=channels)
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         super().__init__(
             Bottleneck,
@@ -166,7 +171,10 @@ class SAN(ResNet):
             **dd,
         )
         act_layer, norm_layer = get_act_layer(act_layer), get_norm_layer(norm_layer)
-        rates = [drop_path_rate * block / max(sum(layers) - 1, 1) for block in range(sum(layers))]
+        block = functools.partial(SANBlock, attn_type=attn_type, act_layer=act_layer, norm_layer=norm_layer, **dd)
+        rates = [drop_path_rate * number / max(sum(layers) - 1, 1) for number in range(sum(layers))]
+        pooled_from = 2 if stem_type == SMALL_STEM else 0  # first stage with a pool
+        pool = functools.partial(HalvingMaxPool, min_size=min(output_stride, 2 ** (5 - pooled_from)))
         stem = channels[0]
         self.conv1 = SANStem(OrderedDict(
             conv=nn.Conv2d(in_chans, stem, kernel_size=1, bias=False, **dd),
@@ -175,30 +183,22 @@ class SAN(ResNet):
         ))
         self.bn1 = norm_layer(stem, **dd)
         self.act1 = act_layer(inplace=True)
-        pooled_from = 2 if stem_type == SMALL_STEM else 0  # first stage with a pool
-        self.maxpool = HalvingMaxPool() if pooled_from == 0 else nn.Identity()
-        stride, dilation, previous = (2 if pooled_from == 0 else 1), 1, stem
-        self.feature_info = [dict(num_chs=stem, reduction=stride, module='act1')]
+        self.maxpool = pool() if pooled_from == 0 else nn.Identity()  # of stage 1
+        stride, dilation, previous = 1, 1, stem
+        self.feature_info = []
         for stage, (dim, depth, kernel_size) in enumerate(zip(channels, layers, kernel_sizes, strict=True)):
-            pool: nn.Module = HalvingMaxPool() if stage >= pooled_from else nn.Identity()
-            if stage > 0 and stage >= pooled_from:
-                if stride >= output_stride:
-                    dilation *= 2
-                    pool = nn.Identity()
-                else:
-                    stride *= 2
-            modules = OrderedDict(pool=pool, proj=nn.Conv2d(previous, dim, kernel_size=1, bias=False, **dd))
-            for block in range(depth):
-                modules[f'block{block}'] = SANBlock(
-                    dim,
-                    attn_type,
-                    kernel_size,
-                    dilation=dilation,
-                    act_layer=act_layer,
-                    norm_layer=norm_layer,
-                    drop_path=rates.pop(0),
-                    **dd,
-                )
+            halves = stage >= pooled_from
+            if halves and stage > 0 and stride >= output_stride:
+                dilation *= 2
+                halves = False
+            stride *= 2 if halves else 1
+            modules: OrderedDict[str, nn.Module] = OrderedDict(
+                pool=pool() if halves else nn.Identity(),
+                proj=nn.Conv2d(previous, dim, kernel_size=1, bias=False, **dd),
+            )
+            for number in range(depth):
+                modules[f'block{number}'] = block(
+                    dim=dim, kernel_size=kernel_size, dilation=dilation, drop_path=rates.pop(0))
             if stage == 0:
                 for name, module in modules.items():
                     self.conv1.add_module(name, module)
@@ -208,7 +208,8 @@ class SAN(ResNet):
                 modules['norm'] = norm_layer(dim, **dd)
                 modules['act'] = act_layer()  # not in place: gradient checkpointing recomputes it on its own
                 setattr(self, f'layer{stage}', nn.Sequential(modules))
-                self.feature_info.append(dict(num_chs=dim, reduction=stride, module=f'layer{stage}'))
+            self.feature_info.append(
+                dict(num_chs=dim, reduction=stride, module=f'layer{stage}' if stage > 0 else 'act1'))
             previous = dim
 
     @torch.jit.ignore

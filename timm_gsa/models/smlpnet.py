@@ -9,7 +9,6 @@ file was at hand to try. Our choice: images of other sizes and aspect ratios (th
 size), and `smlpnet_mini`. Mixing has a matrix for each size of map, so that there is no `output_stride`.
 """
 import argparse
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,9 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint_seq
 
 from ..layers import DepthwiseBlock, SparseMLP
+from ..ops._backend import statically_true
+from ..ops.pooling import check_map
+from ._weights import read_checkpoint
 from ._zoo import create_from_zoo, default_cfg, zoo_cfgs
 
 __all__ = ['SMLPBlock', 'SMLPNet', 'checkpoint_filter_fn']
@@ -79,16 +81,26 @@ class SMLPBlock(nn.Module):
         return x + self.drop_path2(pixels.permute(0, 3, 1, 2))
 
 
+def _check_map(x: torch.Tensor, conv: nn.Conv2d) -> None:
+    """Name what is wrong with a map that `conv` would take as it is, or refuse without the size of images."""
+    if statically_true(x.dim() == 3):
+        raise ValueError('expected 4D input (got 3D input)')
+    if statically_true(x.dim() == 4) and statically_true(x.shape[1] == conv.in_channels):
+        check_map(x, conv.kernel_size[0], _STRIDES[-1])
+
+
 class SMLPStage(nn.Module):
     """Patches to pixels by a strided convolution without bias or norm, then blocks."""
 
-    def __init__(self, downsample: nn.Module, blocks: list[nn.Module]) -> None:
+    def __init__(self, downsample: nn.Conv2d, blocks: list[nn.Module]) -> None:
         super().__init__()
         self.downsample = downsample
         self.blocks = nn.Sequential(*blocks)
         self.grad_checkpointing = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            _check_map(x, self.downsample)
         # Channels innermost from here on, whatever the image's layout: products over channels then copy nothing.
         x = self.downsample(x).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -200,15 +212,13 @@ class SMLPNet(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups for layer-wise learning rates: the patches of the image, then stages (coarse) or blocks."""
+        blocks: list[tuple[str, tuple[int] | None]] = [
+            (r'^stages\.(\d+)\.downsample', (0,)),
+            (r'^stages\.(\d+)\.blocks\.(\d+)', None),
+        ]
         if coarse:
-            blocks: Any = r'^stages\.(\d+)'
-        else:
-            blocks = [
-                (r'^stages\.(\d+)\.downsample', (0,)),
-                (r'^stages\.(\d+)\.blocks\.(\d+)', None),
-                (r'^norm', (99999,)),
-            ]
-        return dict(stem=r'^stages\.0\.downsample', blocks=blocks)
+            blocks = [(r'^stages\.(\d+)', None)]
+        return dict(stem=r'^stages\.0\.downsample', blocks=[*blocks, (r'^norm', (99999,))])
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -368,6 +378,11 @@ def _our_name(official: str, depths: list[int]) -> str:
     return official
 
 
+def depths_of(model: SMLPNet) -> list[int]:
+    """Blocks of each stage."""
+    return [len(stage.blocks) for stage in model.stages if isinstance(stage, SMLPStage)]
+
+
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """State dict of the authors' code under our names; any other state dict as it is.
 
@@ -384,7 +399,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     if _OFFICIAL_FIRST not in state_dict:
         return state_dict
     assert isinstance(model, SMLPNet)
-    depths = [len(stage.blocks) for stage in model.stages if isinstance(stage, SMLPStage)]
+    depths = depths_of(model)
     out = {}
     for official, tensor in state_dict.items():
         name = _our_name(official, depths)
@@ -411,12 +426,9 @@ def read_official(path: str | Path) -> dict[str, Any] | None:
         RuntimeError: The pickle asks for another class, which the message names, or the file is no checkpoint.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:
-        name = re.search(r'GLOBAL (\S+)', str(error))
-        reason = f'refused, since its pickle asks for {name[1]}' if name else 'no checkpoint of torch, or a damaged one'
-        raise RuntimeError(f'{path}: {reason}') from error
+        loaded = read_checkpoint(Path(path), (argparse.Namespace,))
+    except RuntimeError as error:
+        raise RuntimeError(f'{path}: {error}') from error
     state = loaded.get('model') if isinstance(loaded, dict) else None
     return state if isinstance(state, dict) else None
 
@@ -446,7 +458,8 @@ def _create_smlpnet(variant: str, pretrained: bool = False, **kwargs: Any) -> SM
         SMLPNet,
         variant,
         pretrained,
-        advice="The authors' own file loads with pretrained_cfg_overlay=dict(file=PATH).",
+        advice="The authors' own file loads with pretrained_cfg_overlay=dict(file=PATH); "
+        '`timm-gsa convert-smlpnet` makes a folder for the Hub of it.',
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=feature_cfg,
         **kwargs,

@@ -1,7 +1,7 @@
 """Registers operators: their implementations, fakes, gradients of any order and FLOP formulas.
 
-Operators hold what a compiler would take apart and a tracer would record step by step. They are defined through
-`torch.library.Library`, whose first call in eager mode does not import the compiler, as that of a `custom_op` does.
+A compiler and a tracer see an operator as one step. Operators are defined through `torch.library.Library`: its first
+call in eager mode does not import the compiler, as that of a `custom_op` does.
 """
 from collections.abc import Callable
 from typing import Any
@@ -89,13 +89,13 @@ def differentiable_gradients(
 ) -> tuple[Any, ...]:
     """Gradients, differentiable in turn, of a function of tensors and of arguments that have none.
 
-    They are taken with respect to aliases: saved tensors may depend on one another, and a gradient with respect to them
-    would follow those paths as well.
+    Gradients are taken with respect to aliases: saved tensors may depend on one another, and a gradient with respect to
+    the tensors themselves would follow those paths as well.
     """
     aliases = tuple(x.view_as(x) for x in tensors)
-    wanted = [x for x in aliases if x.requires_grad]
-    found = iter(torch.autograd.grad(function(*aliases, *more), wanted, grad, create_graph=True, allow_unused=True))
-    return *(next(found) if x.requires_grad else None for x in aliases), *(None for _ in more)
+    sources = [x for x in aliases if x.requires_grad]
+    grads = iter(torch.autograd.grad(function(*aliases, *more), sources, grad, create_graph=True, allow_unused=True))
+    return *(next(grads) if x.requires_grad else None for x in aliases), *(None for _ in more)
 
 
 def plain_gradients(function: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, ...]]:
@@ -103,7 +103,7 @@ def plain_gradients(function: Callable[..., torch.Tensor]) -> Callable[..., tupl
     def compute(grad: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with torch.enable_grad():
             vjp = torch.func.vjp(function, *tensors)[1]
-            return tuple(like(found, x) for found, x in zip(vjp(grad), tensors, strict=True))
+            return tuple(like(each, x) for each, x in zip(vjp(grad), tensors, strict=True))
 
     return compute
 
@@ -116,11 +116,11 @@ def like(x: torch.Tensor, pattern: torch.Tensor) -> torch.Tensor:
 
 
 def register(name: str, backward: Callable[..., tuple[Any, ...]], keep: Callable[..., None]) -> None:
-    """Register the gradients of an operator `timm_gsa::name` that `gradients` has no form for.
+    """Register the gradients of an operator `timm_gsa::name` by a backward function with its own context.
 
     Args:
         name: The operator's name.
         backward: Gradients of all arguments, or None, from the context and the gradient of each output.
-        keep: Writes into the context what `backward` needs, from it, the arguments and the output.
+        keep: Saves in the context what `backward` needs; called with the context, the arguments and the output.
     """
     torch.library.register_autograd(f'timm_gsa::{name}', backward, setup_context=keep, lib=_LIBRARY)

@@ -4,12 +4,12 @@ An operation has at most four forms:
 
     reference   the textbook formulation, slow, for comparison
     torch       plain operators of torch: any device, transform, export and trace
-    cpu         loops that keep what they make in the cache of a CPU, in float32 and float64
+    cpu         blocks that stay in the cache of a CPU, in float32 and float64
     triton      Triton kernels, on a GPU
 
-Each form but the plain one has a verifier: called with the arguments of the operation, it returns None or the reason
-why it cannot compute this call. 'auto' takes the first of triton, cpu and torch that can. `use_backend` asks for one; a
-call that it cannot compute goes by the plain form. `explain` shows what is chosen.
+The forms cpu and triton have a verifier: it takes the arguments of a call and returns None, or the reason why the form
+does not compute it. 'auto' takes the first of triton, cpu and torch that has no reason against it. `use_backend`
+selects one form; the plain form computes the calls that it cannot. `explain` shows the choices.
 """
 import functools
 import importlib.util
@@ -25,6 +25,7 @@ from torch.nn.modules import module as nn_module
 
 __all__ = [
     'BACKENDS',
+    'Affine',
     'Choice',
     'Form',
     'Operation',
@@ -34,23 +35,25 @@ __all__ = [
     'compute',
     'explain',
     'in_full_precision',
+    'is_compiling',
     'is_exporting',
-    'known',
     'records_gradients',
     'short_cut',
+    'statically_true',
     'use_backend',
     'why_not_available',
     'why_not_cpu',
     'why_not_plain_tensors',
     'why_not_pristine',
     'why_not_triton',
+    'why_not_untouched',
 ]
 
 BACKENDS = ('auto', 'reference', 'torch', 'cpu', 'triton')
 
 WIDEST_HEAD = 64  # channels of a head that Triton kernels keep on the chip, of any dtype, on any device they serve
 
-_CHOSEN: ContextVar[str] = ContextVar('timm_gsa_backend', default='auto')
+_SELECTED: ContextVar[str] = ContextVar('timm_gsa_backend', default='auto')
 _RECORD: ContextVar[list['Choice'] | None] = ContextVar('timm_gsa_choices', default=None)
 
 _PLAIN = (torch.Tensor, nn.Parameter)
@@ -66,7 +69,10 @@ class Form(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """An operation and its forms. A short cut through a whole layer has no plain form: that is the layer's equation."""
+    """An operation and its forms.
+
+    A short cut through a whole layer has no forms 'reference' and 'torch': there the layer computes its own equation.
+    """
 
     name: str
     reference: Callable[..., Any] | None = None
@@ -78,7 +84,8 @@ class Operation(NamedTuple):
 class Choice(NamedTuple):
     """What computed a call: the operation, its form, and why each faster form did not.
 
-    An operation named as a whole layer that goes by 'torch' or 'reference' is computed step by step: the choices of the
+    `form` is one of 'triton', 'cpu', 'torch' and 'reference'; the values of `reasons` are sentences about the call. An
+    operation named as a whole layer whose form is 'torch' or 'reference' is computed step by step: the choices of the
     steps follow.
     """
 
@@ -89,10 +96,10 @@ class Choice(NamedTuple):
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Compute with one backend, in eager mode and in what is compiled inside the context.
+    """Compute with one backend, in eager mode and in code that is compiled inside the context.
 
-    The choice holds for this thread or asynchronous task alone. Calls that the backend cannot compute go by plain
-    operators of torch; `explain` names them.
+    The choice holds for this thread or asynchronous task alone. Plain operators of torch compute the calls that the
+    backend cannot; `explain` names them.
 
     Args:
         name: 'auto' for the fastest form of each call, 'torch' for plain operators, 'reference' for the textbook
@@ -107,11 +114,11 @@ def use_backend(name: str) -> Iterator[None]:
     reason = why_not_available(name)
     if reason is not None:
         raise RuntimeError(f'backend {name!r} cannot run here: {reason}')
-    token = _CHOSEN.set(name)
+    token = _SELECTED.set(name)
     try:
         yield
     finally:
-        _CHOSEN.reset(token)
+        _SELECTED.reset(token)
 
 
 def why_not_available(name: str) -> str | None:
@@ -126,7 +133,7 @@ def why_not_available(name: str) -> str | None:
 
 
 def compute(operation: Operation, *args: Any) -> Any:
-    """Result of an operation, by the form that is chosen for these arguments."""
+    """Result of an operation, computed by the form chosen for these arguments."""
     chosen, reasons = _choice(operation, args)
     form = getattr(operation, chosen)
     _record(operation.name, chosen, reasons)
@@ -134,7 +141,7 @@ def compute(operation: Operation, *args: Any) -> Any:
 
 
 def short_cut(operation: Operation, layer: nn.Module, *args: Any) -> Any:
-    """Result of a whole layer by a form that does the work of its submodules; None if the layer has to compute it."""
+    """Result of a whole layer, computed in place of its submodules; None if no form can: the layer then computes it."""
     chosen, reasons = _choice(operation, (layer, *args))
     _record(operation.name, chosen, reasons)
     if chosen not in ('cpu', 'triton'):
@@ -144,15 +151,15 @@ def short_cut(operation: Operation, layer: nn.Module, *args: Any) -> Any:
 
 def _choice(operation: Operation, args: tuple[Any, ...]) -> tuple[str, dict[str, str]]:
     """Name of the form that computes a call, and why forms before it do not."""
-    asked = _asked()
-    if asked == 'reference' or asked == 'torch':
-        return asked, {}
+    selected = _selected()
+    if selected == 'reference' or selected == 'torch':
+        return selected, {}
     if any(isinstance(each, torch.fx.Proxy) for each in args):
-        return 'torch', {'cpu': 'torch.fx records plain operators', 'triton': 'torch.fx records plain operators'}
+        return 'torch', dict.fromkeys(('triton', 'cpu'), 'torch.fx records plain operators')
     reasons: dict[str, str] = {}
     for name in ('triton', 'cpu'):
         form = getattr(operation, name)
-        if form is None or asked not in ('auto', name):
+        if form is None or selected not in ('auto', name):
             continue
         reason = form.why_not(*args)
         if reason is None:
@@ -162,23 +169,23 @@ def _choice(operation: Operation, args: tuple[Any, ...]) -> tuple[str, dict[str,
 
 
 def chooses_by_speed() -> bool:
-    """True unless the user named a backend: then a form that can compute a call does, even if another is faster."""
-    return _asked() == 'auto'
+    """True unless the user selected a backend, which then computes all calls it can, also where another is faster."""
+    return _selected() == 'auto'
 
 
 # Dynamo guards on a ContextVar from torch 2.9 on; before, what is compiled keeps the backend of its first call.
 _GUARDS_CONTEXT = tuple(int(part) for part in torch.__version__.split('.')[:2]) >= (2, 9)
 
 
-def _asked() -> str:
+def _selected() -> str:
     if _GUARDS_CONTEXT or not torch.compiler.is_compiling():
-        return _CHOSEN.get()
-    return _asked_once()
+        return _SELECTED.get()
+    return _selected_once()
 
 
 @torch.compiler.assume_constant_result
-def _asked_once() -> str:
-    return _CHOSEN.get()
+def _selected_once() -> str:
+    return _SELECTED.get()
 
 
 def _record(operation: str, form: str, reasons: dict[str, str]) -> None:
@@ -190,10 +197,10 @@ def _record(operation: str, form: str, reasons: dict[str, str]) -> None:
 
 
 def explain(model: nn.Module, images: torch.Tensor) -> dict[str, list[Choice]]:
-    """Run a model once and tell what computes each of its layers, and why the next faster form does not.
+    """Run a model once and return what computes each of its layers, and why faster forms do not.
 
-    Modes are those of the call: gradients, training and autocast all matter to the choice. A compiled model is run
-    without its compiled code.
+    The choice depends on the modes in which `explain` is called: gradients, training and autocast. A compiled model
+    runs without its compiled code.
 
     Args:
         model: Model of this package, or any network with layers of `timm_gsa.layers`.
@@ -236,15 +243,15 @@ def explain(model: nn.Module, images: torch.Tensor) -> dict[str, list[Choice]]:
     return choices
 
 
-# What a call runs on and under.
+# The circumstances of a call.
 
 
 def why_not_plain_tensors(*tensors: torch.Tensor) -> str | None:
-    """Why only plain operators of torch may be used: what looks on knows no others."""
+    """Why a call may use plain operators of torch alone: tracers, exporters and transforms know no others."""
     if torch.jit.is_tracing():
         return 'torch.jit.trace records plain operators'
     if is_exporting():
-        return 'an exported program holds plain operators'
+        return 'torch.export records plain operators'
     if torch.compiler.is_compiling():
         return None
     if torch._C._are_functorch_transforms_active():
@@ -254,23 +261,25 @@ def why_not_plain_tensors(*tensors: torch.Tensor) -> str | None:
     for x in tensors:
         if type(x) not in _PLAIN:
             return f'{type(x).__name__} takes plain operators'
+        if x.layout != torch.strided:
+            return f'{x.layout} takes plain operators'
     return None
 
 
 def why_not_cpu(*tensors: torch.Tensor) -> str | None:
-    """Why the loops for a CPU cannot compute a call."""
+    """Why the forms for a CPU cannot compute a call."""
     reason = why_not_plain_tensors(*tensors)
     if reason is not None:
         return reason
     for x in tensors:
         if x.device.type != 'cpu':
-            return 'not on a CPU'
+            return 'the tensors are not on a CPU'
         if x.dtype not in _WIDE:
-            return 'neither float32 nor float64'
+            return f'{x.dtype} is neither float32 nor float64'
     if torch.is_autocast_enabled('cpu'):
-        return 'autocast chooses other dtypes'
+        return 'autocast is enabled'
     if not torch.compiler.is_compiling() and any(x.numel() == 0 for x in tensors):
-        return 'an empty tensor'
+        return 'a tensor is empty'
     return None
 
 
@@ -278,24 +287,24 @@ def why_not_triton(family: str, *tensors: torch.Tensor, widest: int | None = Non
     """Why Triton kernels cannot compute a call.
 
     Args:
-        family: Whose kernels; before 'auto' takes them on a device, they have to pass their check.
-        *tensors: What they are given.
+        family: Family of the kernels; before 'auto' uses them on a device, they have to pass their check.
+        *tensors: Arguments of the kernels.
         widest: Channels of a head, which kernels keep on the chip.
     """
     device = tensors[0].device
-    interpreted = interprets() and _asked() == 'triton'
+    interpreted = interprets() and _selected() == 'triton'
     if device.type != 'cuda' and not (interpreted and device.type == 'cpu'):
-        return 'not on a GPU'
+        return 'the tensors are not on a GPU'
     reason = why_not_plain_tensors(*tensors)
     if reason is not None:
         return reason
     for x in tensors:
         if x.device != device:
-            return 'tensors on several devices'
+            return 'the tensors are on several devices'
         if x.dtype not in _FLOATS:
-            return 'no floating point numbers'
+            return f'{x.dtype} is no supported dtype'
     if widest is not None and widest > WIDEST_HEAD:
-        return f'heads of more than {WIDEST_HEAD} channels'
+        return f'heads have more than {WIDEST_HEAD} channels'
     if interpreted:
         return None
     reason = _why_no_triton(device)
@@ -328,13 +337,13 @@ def _triton_on(device: torch.device) -> str | None:
     if torch.version.cuda is None:
         return 'torch was built without CUDA'
     if tuple(int(part) for part in torch.__version__.split('.')[:2]) < (2, 8):
-        return 'torch before 2.8'
+        return f'torch {torch.__version__} is older than 2.8'
     if importlib.util.find_spec('triton') is None:
         return 'Triton is not installed'
     if not torch.cuda.is_available():  # tensors are fake: traced for a device elsewhere
         return None
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return 'a device of compute capability below 8.0'
+        return 'the compute capability of the device is below 8.0'
     from ._kernels import why_not_started
 
     return why_not_started(device)
@@ -343,9 +352,12 @@ def _triton_on(device: torch.device) -> str | None:
 def allows_tf32() -> bool:
     """True if float32 products on a GPU may round their factors to TF32, by torch's newer setting or by the older."""
     matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, 'fp32_precision'):  # reading the older one may raise if the newer one was set
-        return matmul.fp32_precision == 'tf32'
-    return matmul.allow_tf32
+    if not hasattr(matmul, 'fp32_precision'):  # before torch 2.9; later, reading the older setting may raise
+        return matmul.allow_tf32
+    precision = matmul.fp32_precision
+    if precision == 'none':  # inherits the setting of all backends
+        precision = torch.backends.fp32_precision  # type: ignore[attr-defined]
+    return precision == 'tf32'
 
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -353,7 +365,17 @@ _AUTOCAST_DEVICES = ('cpu', 'cuda', 'xpu', 'mps', 'hpu')  # asking for others is
 
 
 def in_full_precision(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """module(x) without autocast, and with float32 parameters if its own are half precision."""
+    """module(x) without autocast, with float32 parameters if its own are half precision, and without TF32.
+
+    cuDNN rounds the factors of float32 convolutions to TF32 by default: on a GPU the module computes in float64.
+
+    Args:
+        module: Module with few channels.
+        x: Input in float32 or float64.
+
+    Returns:
+        Output in the dtype of `x`.
+    """
     if x.device.type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return _call_wide(module, x)
@@ -361,14 +383,23 @@ def in_full_precision(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def _call_wide(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    dtype = torch.float64 if x.device.type == 'cuda' else torch.float32
+    replaced = _HALF if dtype == torch.float32 else (*_HALF, torch.float32)
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
-    wide = {name: tensor.float() for name, tensor in tensors.items() if tensor.dtype in _HALF}
-    return torch.func.functional_call(module, wide, (x,)) if wide else module(x)
+    wide = {name: tensor.to(dtype) for name, tensor in tensors.items() if tensor.dtype in replaced}
+    if not wide:
+        return module(x)
+    return torch.func.functional_call(module, wide, (x.to(torch.promote_types(dtype, x.dtype)),)).to(x.dtype)
 
 
 def records_gradients(*tensors: torch.Tensor) -> bool:
     """True if autograd records what is done with tensors."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def is_compiling() -> bool:
+    """True while a compiler or an exporter traces a call."""
+    return torch.compiler.is_compiling()
 
 
 @torch.compiler.assume_constant_result  # called as it is: within a graph, torch 2.11 answers True while it compiles
@@ -378,12 +409,12 @@ def is_exporting() -> bool:
 
 
 @torch.jit.unused
-def known(condition: bool) -> bool:
+def statically_true(condition: bool) -> bool:
     """True if a condition on sizes holds; False if a program that is exported, traced or compiled leaves them open.
 
-    Asking for the condition itself would tie the program to the sizes it is made with, without an error at others.
+    The condition itself would tie the program to the sizes it was built with, without an error at other sizes.
     """
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing() or isinstance(condition, torch.fx.Proxy):
         return False
     if not torch.compiler.is_compiling():
         return condition
@@ -399,6 +430,37 @@ def known(condition: bool) -> bool:
 _HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 _SIMPLE = (nn.ReLU, nn.Identity)
 _NO_ACT = (type(None), nn.Identity)
+
+
+def why_not_untouched(module: nn.Module) -> str | None:
+    """Why a module may not be replaced by the computation that its class stands for; None if nothing touches it.
+
+    Hooks watch or change what a module computes, global ones that of every module; a patched `forward` and
+    parametrizations replace it. The same holds for its submodules.
+    """
+    reason = _why_watched()
+    if reason is not None:
+        return reason
+    for name, part in module.named_modules():
+        reason = _why_touched(part)
+        if reason is not None:
+            return f'{name} {reason}'.lstrip()
+    return None
+
+
+def _why_watched() -> str | None:
+    if any(getattr(nn_module, f'_global{name}', None) for name in _HOOKS):
+        return 'a global hook watches every module'
+    return None
+
+
+def _why_touched(module: nn.Module) -> str | None:
+    """Why one module is not untouched, without its submodules and without global hooks."""
+    if any(getattr(module, hooks) for hooks in _HOOKS):
+        return 'has a hook'
+    if 'forward' in module.__dict__:
+        return 'has a patched forward'
+    return 'has a parametrization' if 'parametrizations' in module._modules else None
 
 
 def why_not_pristine(
@@ -418,16 +480,13 @@ def why_not_pristine(
         biases: Names of its submodules; True or False if a convolution must or must not have a bias, None if both do.
         simple: Further classes without parameters that a submodule may be of.
     """
-    for name in _HOOKS:
-        if getattr(nn_module, f'_global{name}', None):
-            return 'a global hook watches every module'
+    reason = _why_watched()
+    if reason is not None:
+        return reason
     for name, bias in biases.items():
         module = getattr(layer, name)
         reason = None if type(module) in simple else _why_not_own_class(module, bias)
-        if reason is None and any(getattr(module, hooks) for hooks in _HOOKS):
-            reason = 'has a hook'
-        if reason is None and 'forward' in module.__dict__:
-            reason = 'has a patched forward'
+        reason = reason or _why_touched(module)
         if reason is not None:
             return f'{name} {reason}'
     return None
@@ -438,7 +497,7 @@ def _why_not_own_class(module: Any, bias: bool | None) -> str | None:
         if module._parameters.get('weight') is None:
             return 'has a weight that is no parameter of it'
         if (module.kernel_size, module.stride, module.groups, module.padding) != ((1, 1), (1, 1), 1, (0, 0)):
-            return 'is no 1 x 1 convolution of stride 1 and one group'
+            return 'is no 1 x 1 convolution with stride 1 and one group'
         if bias is not None and (module.bias is not None) != bias:
             return 'has a bias' if module.bias is not None else 'has no bias'
         return None
@@ -451,8 +510,15 @@ def _why_not_own_class(module: Any, bias: bool | None) -> str | None:
     return None if type(module) in _SIMPLE else f'is a {type(module).__name__}'
 
 
-def affine_of(norm: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Factor and shift of each channel, (C,) in at least float32, of a batch norm that uses its running statistics.
+class Affine(NamedTuple):
+    """Factor and summand of each channel, (C,)."""
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+
+def affine_of(norm: Any) -> Affine | None:
+    """Factor and summand of each channel, in at least float32, of a batch norm that uses its running statistics.
 
     None if the norm is no such map: in training mode, without running statistics, of another kind, or with an
     activation in it.
@@ -467,4 +533,4 @@ def affine_of(norm: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
     shift = -mean.to(wide) * scale
     if norm.bias is not None:
         shift = shift + norm.bias.to(wide)
-    return scale, shift
+    return Affine(scale, shift)

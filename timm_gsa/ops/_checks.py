@@ -1,6 +1,6 @@
 """Compares the forms of operations with their references, on small inputs of odd shapes.
 
-`timm-gsa doctor --check` prints what is found here; `_kernels.py` asks it before Triton kernels are used on a device.
+`timm-gsa doctor --check` prints the results; `_kernels.py` runs a check before Triton kernels are used on a device.
 """
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ ORDERS = ('output', 'gradients', 'gradients of gradients')
 
 
 class Case(NamedTuple):
-    """Inputs of an operation: tensors, in float64 on a CPU, and arguments behind them that have no gradients."""
+    """Inputs of an operation: tensors, in float64 on a CPU, and further arguments, which have no gradients."""
 
     operation: Operation
     tensors: tuple[torch.Tensor, ...]
@@ -80,10 +80,21 @@ def _gaussian_cases() -> Iterator[Case]:
         yield Case(GAUSSIAN, (value, torch.ones(1, dtype=torch.float64)), (dilation,))
 
 
+def _axial_cases() -> Iterator[Case]:
+    from .axial_mixing import COLUMN_MIXING, ROW_MIXING
+
+    for height, width in ((5, 7), (1, 4)):
+        x = torch.randn(2, 3, height, width, dtype=torch.float64)
+        for operation, length in ((ROW_MIXING, width), (COLUMN_MIXING, height)):
+            matrix, bias = torch.randn(length, length, dtype=torch.float64), torch.randn(length, dtype=torch.float64)
+            yield Case(operation, (x, matrix, bias))
+
+
 FAMILIES: dict[str, Callable[[], Iterator[Case]]] = {
     'gsa': _gsa_cases,
     'san': _san_cases,
     'gaussian': _gaussian_cases,
+    'axial': _axial_cases,
 }
 
 
@@ -99,9 +110,9 @@ def check(
     Args:
         family: Key of `FAMILIES`.
         form: 'torch', 'cpu' or 'triton'.
-        dtype: Of the inputs that the form is given.
-        device: Where it computes.
-        orders: What is compared, of `ORDERS`.
+        dtype: Dtype of the inputs of the form.
+        device: Device that it computes on.
+        orders: Orders to compare, of `ORDERS`.
 
     Yields:
         A result for each case and order. An exception of the form is the reason of one.
@@ -152,7 +163,7 @@ def _derivatives(
         more: tuple[Any, ...],
         count: int,
 ) -> list[list[torch.Tensor]]:
-    """Output, gradients and gradients of gradients of a function, as many of the three as asked for."""
+    """Output, gradients and gradients of gradients of a function, the first `count` of them."""
     leaves = [x.detach().requires_grad_() for x in tensors]
     out = function(*leaves, *more)
     orders = [[out]]

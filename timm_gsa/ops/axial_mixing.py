@@ -5,9 +5,11 @@ Source: Tang et al., "Sparse MLP for Image Recognition: Is Self-Attention Really
 import torch
 import torch.nn.functional as F
 
-from ._backend import known
+from ._backend import Operation, compute, statically_true
 
 __all__ = [
+    'COLUMN_MIXING',
+    'ROW_MIXING',
     'column_mixing',
     'column_mixing_reference',
     'resize_mixing_bias',
@@ -28,13 +30,20 @@ def row_mixing(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor) -> tor
         bias: Summand of each column, shape (W,).
 
     Returns:
-        Map of shape (B, C, H, W), with channels innermost in memory.
+        Map of shape (B, C, H, W); the plain form gives it with channels innermost in memory.
 
     Raises:
         ValueError: `matrix` or `bias` is not of the size of the rows (`resize_mixing_matrix` makes it fit).
     """
+    _check(matrix, bias, x.shape[-1], 'width')
+    if not torch.jit.is_scripting():
+        return compute(ROW_MIXING, x, matrix, bias)
+    return _by_rows(x, matrix, bias)
+
+
+def _by_rows(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """A product for each row, with channels innermost."""
     batch, channels, height, width = x.shape
-    _check(matrix, bias, width, 'width')
     rows = x.permute(0, 2, 3, 1).reshape(batch * height, width, channels)
     mixed = torch.baddbmm(bias.unsqueeze(-1), matrix.expand(batch * height, width, width), rows)
     return mixed.view(batch, height, width, channels).permute(0, 3, 1, 2)
@@ -51,25 +60,32 @@ def column_mixing(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor) -> 
         bias: Summand of each row, shape (H,).
 
     Returns:
-        Map of shape (B, C, H, W), with channels innermost in memory.
+        Map of shape (B, C, H, W); the plain form gives it with channels innermost in memory.
 
     Raises:
         ValueError: `matrix` or `bias` is not of the size of the columns (`resize_mixing_matrix` makes it fit).
     """
+    _check(matrix, bias, x.shape[-2], 'height')
+    if not torch.jit.is_scripting():
+        return compute(COLUMN_MIXING, x, matrix, bias)
+    return _by_columns(x, matrix, bias)
+
+
+def _by_columns(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """A product for each image, with channels innermost."""
     batch, channels, height, width = x.shape
-    _check(matrix, bias, height, 'height')
     columns = x.permute(0, 2, 3, 1).reshape(batch, height, width * channels)
     mixed = torch.baddbmm(bias.unsqueeze(-1), matrix.expand(batch, height, height), columns)
     return mixed.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 def row_mixing_reference(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """The same as `row_mixing`, as the sum in its equation."""
+    """`row_mixing` as the sum in its equation."""
     return torch.einsum('ij,bchj->bchi', matrix, x) + bias
 
 
 def column_mixing_reference(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """The same as `column_mixing`, as the sum in its equation."""
+    """`column_mixing` as the sum in its equation."""
     return torch.einsum('ij,bcjw->bciw', matrix, x) + bias[:, None]
 
 
@@ -115,7 +131,7 @@ def resize_mixing_bias(bias: torch.Tensor, length: int) -> torch.Tensor:
 def _fits(x: torch.Tensor, length: int) -> bool:
     same = x.shape[0] == length
     if not torch.jit.is_scripting():
-        return known(same)
+        return statically_true(same)
     return same
 
 
@@ -130,3 +146,7 @@ def _check(matrix: torch.Tensor, bias: torch.Tensor, length: int, axis: str) -> 
                 f'matrix and bias must have the shapes {(length, length)} and {(length,)} for maps of {axis} {length}, '
                 f'got {tuple(matrix.shape)} and {tuple(bias.shape)}'
             )
+
+
+ROW_MIXING = Operation('row_mixing', row_mixing_reference, _by_rows)
+COLUMN_MIXING = Operation('column_mixing', column_mixing_reference, _by_columns)

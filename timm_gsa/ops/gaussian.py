@@ -5,7 +5,7 @@ equations were not readable for us; the form below is a reconstruction.
 """
 import torch
 
-from ._backend import Form, Operation, compute, known, why_not_cpu
+from ._backend import Form, Operation, compute, statically_true, why_not_cpu
 
 __all__ = ['gaussian_attention', 'gaussian_attention_reference', 'gaussian_weight']
 
@@ -67,14 +67,14 @@ def _on_cpu(value: torch.Tensor, radius: torch.Tensor, dilation: int) -> torch.T
     """`gaussian_attention` without the copies by which matmul makes one product of many."""
     batch, channels, height, width = value.shape
     rows = gaussian_weight(height, radius, dilation).to(value.dtype)
-    square = known(height == width)
+    square = statically_true(height == width)
     columns = rows if square else gaussian_weight(width, radius, dilation).to(value.dtype)
     if value.is_contiguous(memory_format=torch.channels_last) and not value.is_contiguous():
         pixels = value.permute(0, 2, 3, 1)
         averaged = torch.bmm(columns.expand(batch * height, -1, -1), pixels.reshape(-1, width, channels))
         averaged = torch.bmm(rows.expand(batch, -1, -1), averaged.view(batch, height, -1))
         return averaged.view(pixels.shape).permute(0, 3, 1, 2)
-    if known(height * width <= 128):  # the map of all pairs is no larger, and spares products by channel
+    if statically_true(height * width <= 128):  # the map of all pairs is no larger, and spares products by channel
         return (value.flatten(2) @ torch.kron(rows, columns).t()).view(value.shape)
     averaged = (value.reshape(-1, width) @ columns.t()).view(-1, height, width)
     return torch.bmm(rows.expand(averaged.shape[0], -1, -1), averaged).view(value.shape)

@@ -1,12 +1,32 @@
-"""Pools whose form for inference on a CPU is several times as fast as the kernel of torch."""
+"""Pools, with forms for inference on a CPU that are several times as fast as the kernels of torch.
+
+Gradients, and everything on a GPU, are those of the pools of torch.
+"""
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-from ._backend import Form, Operation, compute, records_gradients, why_not_cpu
+from ._backend import Form, Operation, compute, is_compiling, records_gradients, statically_true, why_not_cpu
 
-__all__ = ['halving_max_pool', 'overlapping_average_pool', 'overlapping_max_pool']
+__all__ = ['check_map', 'halving_max_pool', 'overlapping_average_pool', 'overlapping_max_pool']
+
+
+def check_map(x: torch.Tensor, min_side: int, min_size: int | None = None) -> None:
+    """Check a map before a pool or convolution without padding; sizes that a program leaves open pass.
+
+    Args:
+        x: Map of shape (..., H, W).
+        min_side: Smallest height and width.
+        min_size: Smallest side of the images of the network, for the error.
+
+    Raises:
+        ValueError: The map is smaller.
+    """
+    height, width = x.shape[-2:]
+    if statically_true(height < min_side) or statically_true(width < min_side):
+        images = '' if min_size is None else f': images must be at least {min_size} x {min_size} pixels'
+        raise ValueError(f'maps must be at least {min_side} x {min_side}, got {height} x {width}{images}')
 
 
 def halving_max_pool(x: torch.Tensor) -> torch.Tensor:
@@ -60,17 +80,17 @@ def _average(x: torch.Tensor) -> torch.Tensor:
 
 
 def _why_not_inference(x: torch.Tensor) -> str | None:
-    if torch.compiler.is_compiling():
-        return 'a compiler fuses the pool of torch'
+    if is_compiling():
+        return 'a compiler fuses the plain form'
     return 'gradients are recorded' if records_gradients(x) else why_not_cpu(x)
 
 
 def _why_not_pairs(x: torch.Tensor) -> str | None:
-    return _why_not_inference(x) or ('a map of less than 2 x 2 pixels' if min(x.shape[-2:]) < 2 else None)
+    return _why_not_inference(x) or ('the map has less than 2 x 2 pixels' if min(x.shape[-2:]) < 2 else None)
 
 
 def _max_of_slices(x: torch.Tensor) -> torch.Tensor:
-    """The maximum of slices, whose gradient would be another if pixels are equal."""
+    """The maximum of slices. For inference alone: where pixels are equal its gradient is not that of the pool."""
     height, width = x.shape[-2] // 2 * 2, x.shape[-1] // 2 * 2
     x = torch.maximum(x[..., 0:height:2, :width], x[..., 1:height:2, :width])
     return torch.maximum(x[..., 0::2], x[..., 1::2])
@@ -79,7 +99,7 @@ def _max_of_slices(x: torch.Tensor) -> torch.Tensor:
 def _why_not_slices(x: torch.Tensor) -> str | None:
     reason = _why_not_inference(x)
     if reason is None and not (x.ndim == 4 and x.is_contiguous()):
-        return 'no contiguous batch of maps'
+        return 'the maps are no contiguous batch'
     return reason
 
 

@@ -94,8 +94,18 @@ NOT_OURS: dict[str, str] = {
 # Test functions that do not apply to models whose names match the pattern, and why. Any other case that is skipped,
 # fails or does not run fails the whole run.
 EXCUSED: dict[tuple[str, str], str] = {
+    ("test_forward_after_prune_intermediate_layers", "smlpnet*"):
+        "expects the last map to be the features, as it is without a norm between them; sMLPNet has the authors' norm "
+        "there, which forward_intermediates(norm=True) puts into the map",
     ("test_headless_checkpoint_reload", "gsa_resnet*"): "reads no foreign checkpoints, so it has no filter",
     ("test_headless_checkpoint_reload", "priorattn_resnet*"): "reads no foreign checkpoints, so it has no filter",
+    ("test_model_features_output_stride", "smlpnet*"):
+        "a mixing matrix belongs to the positions of a map of one stride; output_stride is an error that says so",
+    ("test_reset_classifier_keeps_pool", "dcac*"):
+        "tells pools apart by features of a fresh network in eval mode, where each gate of DC-AC divides by its number "
+        "of channels: they are below 1e-12, the test's tolerance is 1e-8",
+    ("test_resnetv2_stem_feature_odd_size", "smlpnet*"):
+        "expects a map of stride 2; sMLPNet begins with patches of 4 x 4 pixels",
     ("test_resnetv2_stem_feature_odd_size", "san*"):
         "expects a stem that rounds odd sizes up; SAN's is the authors' max pool, which rounds down",
 }

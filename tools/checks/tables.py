@@ -24,7 +24,7 @@ from timm_gsa.commands.models import amount, registered
 from timm_gsa.models._families import FAMILIES, family_of
 
 USUAL_SIZE = 224  # pixels
-README, BENCHMARKS, CITATION = ROOT / 'README.md', ROOT / 'BENCHMARKS.md', ROOT / 'CITATION.bib'
+README, BENCHMARKS, CITATION = ROOT / 'README.md', ROOT / 'BENCHMARKS.md', ROOT / 'hub_configs' / 'CITATION.bib'
 
 
 def models() -> str:

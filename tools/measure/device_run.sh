@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Everything to be known from a machine with a GPU, in one command of at most 8 minutes: are the kernels right, how fast
-# are operations and models, and where does the time of a training step go.
+# What is to be learnt from a machine with a GPU, in one command of at most 8 minutes: what is installed, whether the
+# kernels are right (`timm-gsa doctor --check`), how fast operations and models are, where the time of a training step goes.
 #
 #     tools/measure/device_run.sh [FOLDER]
 #
 # FOLDER, $OUT or ./device_results if not given, receives a table (.txt), figures (.json), a plot (.png) and messages
 # (.log) of each step, and summary.txt. A step that fails or runs out of its time leaves the others theirs. The status is
-# 1 if one failed. Any python with torch, timm, tqdm and pytest will do, named by PYTHON.
+# 1 if one failed. Any python with torch, timm and tqdm will do, named by PYTHON.
 #
 # Settings, with what they are if not given: DEVICE (cuda), DTYPE (bfloat16), BATCH (256), SIZE (224), ROUNDS (5),
 # MODELS (one of each family), BASE (resnet50), ONLY (operations with this text in their name), LIMIT (470 seconds in all).
@@ -55,9 +55,7 @@ figures() {
 }
 
 plot=()
-step machine 420 "$python" -c 'import sys, torch, timm; print(sys.version, torch.__version__, timm.__version__)
-print(*(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())), sep="\n")'
-# While kernels are tested, the models are compiled, each by a process: what is timed below finds their code in a cache.
+# While kernels are checked, the models are compiled, each by a process: what is timed below finds their code in a cache.
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$(mktemp -d)}
 warm() {
     timeout --kill-after=5 "$((130 * limit / 470))" "${benchmark[@]}" "$1" --compile --no-references --rounds 1 \
@@ -71,11 +69,7 @@ warm() {
     done
     wait
 } >"$out/warm.txt" 2>"$out/warm.log" &
-workers=()
-"$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
-# Verbose, so that what failed is known even if the time runs out.
-step kernels 340 "$python" -m pytest -v --tb=short -p no:cacheprovider -o addopts=--import-mode=importlib \
-    "${workers[@]}" -m gpu tests/ops tests/tools/test_benchmark.py
+step doctor 340 "$python" -m timm_gsa doctor --device "$device" --check
 wait
 "$python" -c 'import matplotlib' 2>/dev/null && plot=(--plot "$out/operations.png")
 figures operations 270 operations --only "${ONLY:-}"
@@ -85,5 +79,5 @@ figures training_compiled 110 training --compile --no-references
 figures inference 80 inference
 figures inference_compiled 30 inference --compile --no-references
 step profile 0 "${benchmark[@]}" profile "${common[@]}"
-cat "$out"/{operations,training,training_compiled,inference,inference_compiled}.txt 2>/dev/null
+cat "$out"/{doctor,operations,training,training_compiled,inference,inference_compiled}.txt 2>/dev/null
 exit "$failed"

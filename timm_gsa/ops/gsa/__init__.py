@@ -5,7 +5,7 @@ Source: Shen et al., "Global Self-Attention Networks for Image Recognition", arX
 import torch
 import torch.nn.functional as F
 
-from .._backend import Form, Operation, compute, known
+from .._backend import Form, Operation, compute, statically_true
 from . import cpu, gpu, plain, reference
 from .query_norm import normalise_query
 
@@ -59,7 +59,7 @@ def column_attention(query: torch.Tensor, value: torch.Tensor, table: torch.Tens
         query: Tensor of shape (B, heads, d, H, W).
         value: Tensor of shape (B, heads, e, H, W).
         table: Embeddings of shape (2 * H - 1, d), shared by the heads; row r belongs to the offset r - (H - 1) of the
-            neighbour from the position itself.
+            neighbour from the position itself. They are rounded to the dtype of `query` where they are multiplied.
 
     Returns:
         Tensor of shape (B, heads, e, H, W).
@@ -178,7 +178,7 @@ def resize_relative_table(table: torch.Tensor, length: int) -> torch.Tensor:
 
 def _fits(table: torch.Tensor, length: int) -> bool:
     if not torch.jit.is_scripting():
-        return known(table.shape[0] == 2 * length - 1)
+        return statically_true(table.shape[0] == 2 * length - 1)
     return table.shape[0] == 2 * length - 1
 
 

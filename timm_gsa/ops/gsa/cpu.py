@@ -1,16 +1,24 @@
 """GSA's operations on a CPU: attention along one axis in blocks of logits that stay in the cache.
 
-All columns of all heads and images of a block stand behind one another, as one axis of length n. What is gathered along
-rows of a map is gathered along the columns of its transpose.
+The columns of all heads and images of a block form one axis of length n. Attention along the rows of a map is attention
+along the columns of its transpose.
 """
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from .. import _autograd
-from .._backend import affine_of, chooses_by_speed, known, records_gradients, why_not_cpu, why_not_pristine
+from .._backend import (
+    affine_of,
+    chooses_by_speed,
+    is_compiling,
+    records_gradients,
+    statically_true,
+    why_not_cpu,
+    why_not_pristine,
+)
 from . import plain
 from .query_norm import normalise_query
 
@@ -37,8 +45,8 @@ _MANY = 2 ** 14
 def why_not_column_attention(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> str | None:
     reason = why_not_cpu(query, value, table)
     height, width = query.shape[-2:]
-    if reason is None and not torch.compiler.is_compiling() and height * height * width < _MANY and chooses_by_speed():
-        return 'a small map, whose logits fit into the cache'
+    if reason is None and not is_compiling() and height * height * width < _MANY and chooses_by_speed():
+        return 'the map is small: its logits fit into the cache'
     return reason
 
 
@@ -159,10 +167,10 @@ def why_not_layer(layer: nn.Module, x: torch.Tensor) -> str | None:
 def why_not_whole(layer: Any) -> str | None:
     """Why query, key, value and norm of a layer may not be computed by a short cut."""
     if layer.branches != 'both':
-        return f'has the {layer.branches} branch alone'
+        return f'the layer has the {layer.branches} branch alone'
     reason = why_not_pristine(layer, dict(qkv=None, norm=None))
     if reason is None and affine_of(layer.norm) is None:
-        return 'norm is no fixed affine map'
+        return 'norm is no fixed affine map: it is in training mode, or no batch norm with running statistics'
     return reason
 
 
@@ -173,15 +181,15 @@ def layer(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 def layer_arguments(layer: Any, x: torch.Tensor) -> tuple[Any, ...]:
     """Arguments of `timm_gsa.ops.global_attention` that compute a layer."""
-    tables = (plain_table(table, size) for table, size in zip((layer.rel_h, layer.rel_w), x.shape[-2:], strict=True))
+    tables = (fitted_table(table, size) for table, size in zip((layer.rel_h, layer.rel_w), x.shape[-2:], strict=True))
     affine = affine_of(layer.norm)
     assert affine is not None
     return x, layer.qkv.weight[:, :, 0, 0], layer.qkv.bias, *tables, *affine, layer.stride, layer.query_norm
 
 
-def plain_table(table: torch.Tensor, length: int) -> torch.Tensor:
+def fitted_table(table: torch.Tensor, length: int) -> torch.Tensor:
     """The table of a layer for an axis of this length."""
-    return table if known(table.shape[0] == 2 * length - 1) else plain.resize_relative_table(table, length)
+    return table if statically_true(table.shape[0] == 2 * length - 1) else plain.resize_relative_table(table, length)
 
 
 def why_not_global_attention(x: torch.Tensor, *more: Any) -> str | None:
@@ -200,8 +208,18 @@ def global_attention(
         stride: int,
         query_norm: str | None,
 ) -> torch.Tensor:
-    """`timm_gsa.ops.global_attention` a few images at a time, so that all that lies between stays in the cache."""
+    """`timm_gsa.ops.global_attention` for a few images at a time, whose intermediate maps stay in the cache."""
     return _global_attention(x, weight, bias, table_h, table_w, scale, shift, stride, query_norm)
+
+
+class _Sizes(NamedTuple):
+    """Sizes of the maps of a layer."""
+
+    heads: int
+    depth: int
+    height: int
+    width: int
+    stride: int
 
 
 def _image_by_image(
@@ -215,7 +233,7 @@ def _image_by_image(
         stride: int,
         query_norm: str | None,
 ) -> torch.Tensor:
-    """Channels are innermost, heads before their channels: columns of a map, and of its transpose, need no copy.
+    """Computes `global_attention` with channels innermost: columns of a map, and of its transpose, need no copy.
 
     The content and the row step are linear in the query, so for stride 2 we pool the queries first: two adjacent
     queries of a row are concatenated along channels, and two rows share their sum.
@@ -251,7 +269,7 @@ def _image_by_image(
         column = _gather(rows, embedding_h, columns, scratch, workspace).unflatten(0, (count, width, heads))
         normed = normed.view(count, heads, height, width, depth)
         torch.addcmul(shift, column.permute(0, 2, 3, 1, 4), scale, out=normed)
-        content = _content(query, key, value, scratch, (heads, depth, height, width, stride))
+        content = _content(query, key, value, scratch, _Sizes(heads, depth, height, width, stride))
         # Row step: the same on the transposed map.
         along = scratch.view(width // stride, count, heads, height, stride, depth)
         along.copy_(query.view(count, height, -1, stride, heads, depth).permute(2, 0, 4, 1, 3, 5))
@@ -285,7 +303,7 @@ def _content(
         key: torch.Tensor,
         value: torch.Tensor,
         scratch: torch.Tensor,
-        sizes: tuple[int, int, int, int, int],
+        sizes: _Sizes,
 ) -> torch.Tensor:
     """Content attention of query and value (images, N, C) and key (images, C, N), written over the key.
 
@@ -332,13 +350,13 @@ _global_attention = _autograd.operator(
 
 
 def why_not_halve(x: torch.Tensor) -> str | None:
-    if torch.compiler.is_compiling():
-        return 'a compiler is given slices'
-    return why_not_cpu(x) or (None if plain.is_even(x) else 'an odd map')
+    if is_compiling():
+        return 'a compiler fuses slices, which the plain form gives it'
+    return why_not_cpu(x) or (None if plain.is_even(x) else 'height or width is odd')
 
 
 def halve(x: torch.Tensor) -> torch.Tensor:
-    """`halve` of an even map with gradients that are copies: those of the pool take up to ten times as long."""
+    """`halve` of an even map, whose gradients are copies: those of torch's pool take up to ten times as long."""
     return _HalvedPairs.apply(x)
 
 
@@ -441,8 +459,8 @@ def _gather(
 ) -> torch.Tensor:
     """out[n, x] = sum over i of (query[x, n] . embedding[x, :, i]) * value[n, i]
 
-    Adjacent columns may share a sum, as columns of a map that is halved afterwards do: `value` then has their H one
-    after another.
+    Adjacent columns may share a sum, as those of a map that is halved afterwards: `value` then holds their H one after
+    another.
 
     Args:
         query: (P, N, d) for the places x that are gathered.
@@ -455,7 +473,7 @@ def _gather(
         Tensor of shape (n, P, e), in memory as that, or as (n, e, P).
     """
     places, length = embedding.shape[0], embedding.shape[2]
-    count, summed, depth = value.shape
+    count, value_length, depth = value.shape
     transpose = _transposes(depth, places)
     out = memory[:count * places * depth].view(count, *((depth, places) if transpose else (places, depth)))
     in_sum = query.shape[1] // count
@@ -463,7 +481,7 @@ def _gather(
         columns = query[:, in_sum * block.start:in_sum * block.stop]
         logits = workspace[:columns.shape[1] * places * length].view(places, -1, length)
         torch.bmm(columns, embedding, out=logits)
-        logits = logits.view(places, -1, summed)
+        logits = logits.view(places, -1, value_length)
         if transpose:
             torch.bmm(value[block].transpose(1, 2), logits.permute(1, 2, 0), out=out[block])
         else:

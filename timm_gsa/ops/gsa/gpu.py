@@ -26,18 +26,22 @@ _like = _autograd.like
 
 
 def why_not_attention(*tensors: torch.Tensor) -> str | None:
-    """Why the kernels cannot compute on maps of heads (B, heads, d, H, W) and tables, all of one dtype."""
-    query, value = tensors[0], tensors[-2] if tensors[-1].dim() == 2 else tensors[-1]
+    """Why the kernels cannot compute on maps of heads (B, heads, d, H, W) of one dtype, and a table.
+
+    The table may have another dtype than the maps, as a float32 parameter under autocast has. Its gradient is then as
+    precise as the table.
+    """
+    maps = [x for x in tensors if x.dim() == 5]
+    query, value = maps[0], maps[-1]
     reason = why_not_triton('gsa', *tensors, widest=max(query.shape[2], value.shape[2]))
     if reason is not None:
         return reason
-    if query.dtype == torch.float64:
+    if any(x.dtype == torch.float64 for x in tensors):
         return 'float64'
-    if any(x.dtype != query.dtype for x in tensors):
-        return 'tensors of several dtypes'
-    if len(tensors) > 3 or tensors[-1].dim() == 5:  # content: a square context for each head
-        if any(x.shape != query.shape for x in tensors if x.dim() == 5):
-            return 'maps of several shapes'
+    if any(x.dtype != query.dtype for x in maps):
+        return 'maps of several dtypes'
+    if len(maps) > 2 and any(x.shape != query.shape for x in maps):  # content: a square context for each head
+        return 'maps of several shapes'
     return None
 
 
@@ -207,8 +211,7 @@ def global_attention(
     """`timm_gsa.ops.global_attention` by three kernels behind the projection."""
     query, key, value = F.conv2d(x, weight[:, :, None, None], bias).unflatten(1, (3, -1, table_h.shape[1])).unbind(1)
     query = normalise_query(query, query_norm)
-    tables = table_h.to(query.dtype), table_w.to(query.dtype)  # autocast chooses the dtype of the projection
-    out = _attend_fused(query, key, value, *tables, scale, shift).reshape(x.shape)
+    out = _attend_fused(query, key, value, table_h, table_w, scale, shift).reshape(x.shape)
     return plain.halve(out) if stride == 2 else out
 
 

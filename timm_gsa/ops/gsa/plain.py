@@ -2,7 +2,7 @@
 import torch
 import torch.nn.functional as F
 
-from .._backend import known
+from .._backend import is_compiling, statically_true
 
 __all__ = [
     'column_attention',
@@ -31,7 +31,7 @@ def normalised_key(key: torch.Tensor) -> torch.Tensor:
 def column_attention(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Column attention with the logits of all positions."""
     position = torch.arange(query.shape[-2], device=table.device)
-    embedding = table[position[None, :] - position[:, None] + query.shape[-2] - 1]  # (L, L, d), [x, i]
+    embedding = table.to(query.dtype)[position[None, :] - position[:, None] + query.shape[-2] - 1]  # (L, L, d), [x, i]
     logits = torch.einsum('bhdxy,xid->bhyxi', query, embedding)
     return torch.einsum('bhyxi,bheiy->bhexy', logits, value)
 
@@ -51,7 +51,7 @@ def content_and_row_attention(
 def halve(x: torch.Tensor) -> torch.Tensor:
     """Average pool over 2 x 2 positions; the last windows of odd maps average what they cover."""
     if not torch.jit.is_scripting():
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return _halve_by_slices(x)
     return F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)
 
@@ -69,8 +69,8 @@ def _halve_by_slices(x: torch.Tensor) -> torch.Tensor:
 
 
 def is_even(x: torch.Tensor) -> bool:
-    """True if height and width of a map are known to be even."""
-    return known(x.shape[-2] % 2 == 0) and known(x.shape[-1] % 2 == 0)
+    """True if height and width of a map are even at every size that a program is for."""
+    return statically_true(x.shape[-2] % 2 == 0) and statically_true(x.shape[-1] % 2 == 0)
 
 
 def resize_relative_table(table: torch.Tensor, length: int) -> torch.Tensor:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .._backend import known, records_gradients, why_not_cpu, why_not_plain_tensors
+from .._backend import is_compiling, records_gradients, statically_true, why_not_cpu, why_not_plain_tensors
 from . import plain, rows
 from .innermost import buffered, difference_attention, patch_attention, weighted_sum
 from .layers import by_batch, conv2_bias, fixed_norms, hidden_of_patches, logits_of_differences, why_not_own_parts
@@ -29,21 +29,21 @@ __all__ = [
 # Positions of a map from which training recomputes relations and does not keep them, and inference goes by rows.
 _LARGE = 28 * 28
 
-# The C library gives larger blocks back to the system, which hands every page out anew.
+# Bytes. The C library returns larger blocks to the system, which clears every page before it is used again.
 _LARGEST_BLOCK = 2 ** 25
 
 
-# The sum over neighbours, in the form that a compiler makes the fastest code of.
+# The sum over neighbours, in the form that a compiler turns into the fastest code.
 
 
 def why_not_aggregation(value: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> str | None:
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         return 'in eager mode the plain form is the fastest'
     reason = why_not_plain_tensors(value, weight)
     if reason is None and value.device.type != 'cpu':
-        return 'not on a CPU'
+        return 'the tensors are not on a CPU'
     if reason is None and records_gradients(value, weight):
-        return 'gradients are recorded, for which it would keep all shifted values'
+        return 'gradients are recorded: the form would keep all shifted values'
     return reason
 
 
@@ -53,7 +53,7 @@ def aggregation(value: torch.Tensor, weight: torch.Tensor, kernel_size: int, dil
     height, width = value.shape[-2:]
     padding = same_padding(kernel_size, dilation)
     square = kernel_size, kernel_size
-    short, long = known(width < 16), known(width >= 16)
+    short, long = statically_true(width < 16), statically_true(width >= 16)
     if short or long:
         channels_last, groups_last = value.stride(1) == 1, weight.stride(1) == 1
         if short or channels_last or groups_last:
@@ -74,56 +74,13 @@ def aggregation(value: torch.Tensor, weight: torch.Tensor, kernel_size: int, dil
 # The networks, by rows.
 
 
-_NETWORKS = define_networks('', lambda: rows, ('CPU',), torch.preserve_format, groups_innermost=False)
+difference_network, normed_difference_network, patch_network = define_networks(
+    '', lambda: rows, ('CPU',), torch.preserve_format, groups_innermost=False)
 
 
 def why_not_network(*args: Any) -> str | None:
     """Why a network cannot go by rows."""
     return why_not_cpu(*(x for x in args if isinstance(x, torch.Tensor)))
-
-
-def difference_network(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        weight1: torch.Tensor,
-        bias1: torch.Tensor,
-        weight2: torch.Tensor,
-        bias2: torch.Tensor,
-        kernel_size: int,
-        dilation: int,
-) -> torch.Tensor:
-    padded = reflect_pad(key, same_padding(kernel_size, dilation))
-    return _NETWORKS.difference(
-        query, padded, weight1, torch.ones_like(bias1), bias1, weight2, bias2, None, kernel_size, dilation)[0]
-
-
-def normed_difference_network(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        weight1: torch.Tensor,
-        scale: torch.Tensor,
-        shift: torch.Tensor,
-        eps: float,
-        weight2: torch.Tensor,
-        bias2: torch.Tensor,
-        kernel_size: int,
-        dilation: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    padded = reflect_pad(key, same_padding(kernel_size, dilation))
-    return _NETWORKS.difference(
-        query, padded, weight1, scale, shift, weight2, bias2, eps, kernel_size, dilation)[:3]
-
-
-def patch_network(
-        key: torch.Tensor,
-        scale: torch.Tensor,
-        shift: torch.Tensor,
-        weight: torch.Tensor,
-        kernel_size: int,
-        dilation: int,
-) -> torch.Tensor:
-    padded = reflect_pad(key, same_padding(kernel_size, dilation))
-    return _NETWORKS.patch(padded, scale, shift, weight, kernel_size, dilation)
 
 
 # The weights of a layer, by rows.
@@ -132,14 +89,14 @@ def patch_network(
 def why_not_weights(layer: Any, query: torch.Tensor, key: torch.Tensor) -> str | None:
     """Why the weights of a layer cannot be computed by a network that keeps no relations.
 
-    Training mode decides alike with and without gradients, as what norms make of a small batch shows every rounding.
+    In training mode the choice is the same with and without gradients: norms over a small batch magnify rounding.
     """
     reason = _why_not(layer, query)
-    if reason is not None or torch.compiler.is_compiling():
+    if reason is not None or is_compiling():
         return reason
     trains = by_batch(layer) or records_gradients(query, *layer.parameters())
     if trains and query.shape[-2:].numel() < _LARGE:
-        return 'training on a small map, whose relations fit into the cache'
+        return 'the map is small: in training its relations fit into the cache'
     return None
 
 
@@ -147,7 +104,7 @@ def _why_not(layer: Any, query: torch.Tensor) -> str | None:
     tensors = query, *layer.parameters()
     reason = why_not_cpu(*tensors)
     if reason is None and any(x.dtype != query.dtype for x in tensors):
-        return 'tensors of several dtypes'
+        return 'the tensors have several dtypes'
     return reason or why_not_own_parts(layer)
 
 
@@ -159,9 +116,9 @@ def pairwise_weights(layer: Any, query: torch.Tensor, key: torch.Tensor) -> torc
 def _pairwise_weights(layer: Any, query: torch.Tensor, key: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     logits = logits_of_differences(
         layer, query, key, position, plain.difference_moments, difference_network, normed_difference_network)
-    if torch.compiler.is_compiling() or by_batch(layer) or records_gradients(logits):
+    if is_compiling() or by_batch(layer) or records_gradients(logits):
         return logits.softmax(2)
-    # In their own memory and image by image, as a second block of that size costs more.
+    # In place and image by image: a second block of that size takes longer.
     for image in logits:
         image.sub_(image.amax(1, keepdim=True)).exp_()
         image.div_(image.sum(1, keepdim=True))
@@ -182,7 +139,7 @@ def why_not_layer(layer: Any, query: torch.Tensor, key: torch.Tensor, value: tor
         return 'gradients are recorded'
     reason = _why_not(layer, query)
     if reason is None and len(fixed_norms(layer)) != 2:
-        return 'norm1 and norm2 are no fixed affine maps'
+        return 'norm1 and norm2 are no fixed affine maps: they use the statistics of the batch'
     return reason
 
 
@@ -231,11 +188,11 @@ def patchwise_attention(layer: Any, query: torch.Tensor, key: torch.Tensor, valu
 
 
 def _goes_by_rows(query: torch.Tensor) -> bool:
-    return not torch.compiler.is_compiling() and query.shape[-2:].numel() >= _LARGE
+    return not is_compiling() and query.shape[-2:].numel() >= _LARGE
 
 
 def _laid_out_as(value: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    return out if torch.compiler.is_compiling() or value.stride(1) == 1 else out.contiguous()
+    return out if is_compiling() or value.stride(1) == 1 else out.contiguous()
 
 
 def _in_parts(layer: Any, weights: Callable[..., torch.Tensor], *maps: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from .. import _autograd
 from .._backend import why_not_triton
 from . import plain
 from .layers import hidden_of_patches, logits_of_differences, why_not_own_parts
-from .neighbourhood import reflect_pad, same_padding
+from .neighbourhood import same_padding
 from .networks import define_networks
 
 __all__ = [
@@ -186,7 +186,8 @@ def _kernels() -> Any:
 
 
 # On a CPU in Triton's interpreter.
-_NETWORKS = define_networks('triton_', _kernels, ('CUDA', 'CPU'), torch.channels_last, groups_innermost=True)
+difference_network, normed_difference_network, patch_network = define_networks(
+    'triton_', _kernels, ('CUDA', 'CPU'), torch.channels_last, groups_innermost=True)
 
 
 def why_not_difference_network(
@@ -234,7 +235,7 @@ def _why_no_memory(device: torch.device, dtype: torch.dtype, *sizes: int | None)
     return _memory_on(device, dtype, *sizes)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _memory_on(
         device: torch.device,
         dtype: torch.dtype,
@@ -250,54 +251,10 @@ def _memory_on(
     else:
         needed = _kernels().difference_memory(channels, hidden, groups, dtype)
     # What every device that Triton serves has, where torch does not tell.
-    given = getattr(torch.cuda.get_device_properties(device), 'shared_memory_per_block_optin', 99 * 1024)
-    if needed <= given:
+    available = getattr(torch.cuda.get_device_properties(device), 'shared_memory_per_block_optin', 99 * 1024)
+    if needed <= available:
         return None
-    return f'the network needs {needed // 1024} kB of shared memory, the device has {given // 1024}'
-
-
-def difference_network(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        weight1: torch.Tensor,
-        bias1: torch.Tensor,
-        weight2: torch.Tensor,
-        bias2: torch.Tensor,
-        kernel_size: int,
-        dilation: int,
-) -> torch.Tensor:
-    padded = reflect_pad(key, same_padding(kernel_size, dilation))
-    return _NETWORKS.difference(
-        query, padded, weight1, torch.ones_like(bias1), bias1, weight2, bias2, None, kernel_size, dilation)[0]
-
-
-def normed_difference_network(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        weight1: torch.Tensor,
-        scale: torch.Tensor,
-        shift: torch.Tensor,
-        eps: float,
-        weight2: torch.Tensor,
-        bias2: torch.Tensor,
-        kernel_size: int,
-        dilation: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    padded = reflect_pad(key, same_padding(kernel_size, dilation))
-    return _NETWORKS.difference(
-        query, padded, weight1, scale, shift, weight2, bias2, eps, kernel_size, dilation)[:3]
-
-
-def patch_network(
-        key: torch.Tensor,
-        scale: torch.Tensor,
-        shift: torch.Tensor,
-        weight: torch.Tensor,
-        kernel_size: int,
-        dilation: int,
-) -> torch.Tensor:
-    padded = reflect_pad(key, same_padding(kernel_size, dilation))
-    return _NETWORKS.patch(padded, scale, shift, weight, kernel_size, dilation)
+    return f'the network needs {needed // 1024} kB of shared memory, the device has {available // 1024}'
 
 
 def why_not_moments(query: torch.Tensor, key: torch.Tensor, kernel_size: int, dilation: int) -> str | None:

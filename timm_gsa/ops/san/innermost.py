@@ -1,8 +1,8 @@
 """SAN's attention from query, key and value to the sum with channels innermost in memory, for inference on a CPU.
 
-The neighbours in a row then lie side by side, and every loop runs along them. Eager mode gains by it on small maps,
-whose rows are short. torch.compile makes fast code of it on maps of any size; where it needs another form than eager
-mode to do so, both stand here.
+The neighbours in a row then lie side by side in memory, and every loop runs along them. In eager mode this is faster on
+small maps, whose rows are short; compiled code is faster on maps of any size. Where the two need different forms, both
+are here.
 
 Source: Zhao, Jia and Koltun, "Exploring Self-attention for Image Recognition", CVPR 2020, equations 2 and 4.
 """
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .. import _autograd
+from .._backend import is_compiling
 from .neighbourhood import joined_reflect_pad, reflect_pad, same_padding
 from .plain import network_flops, patch_flops
 
@@ -39,7 +40,7 @@ def _difference_attention(
         position_key: Further channels of all images' keys, (1, P, H, W).
         weight1: Matrix of shape (M, C + P).
         bias1: Vector of shape (M,).
-        weight2: Matrix of shape (G, M). There is no second bias, as the softmax takes no notice of it.
+        weight2: Matrix of shape (G, M). There is no second bias: the softmax cancels it.
         kernel_size: Odd number K of places a side.
         dilation: Distance in pixels between neighbouring places.
 
@@ -52,8 +53,8 @@ def _difference_attention(
     offsets = torch.stack([(centre - keys).relu() for keys in _rows(position_key, *window)])
     offsets = offsets @ position_weight.t() + bias1
     query = query.movedim(1, -1).contiguous().unsqueeze(-2)
-    # A copy for every row: kernels that read the same the compiler makes one of, which fills all rows' buffers at once.
-    queries = torch.stack([query] * kernel_size) if torch.compiler.is_compiling() else [query] * kernel_size
+    # One copy for each row: Inductor would fuse kernels that read the same buffer, and fill all rows' buffers at once.
+    queries = torch.stack([query] * kernel_size) if is_compiling() else [query] * kernel_size
     logits = []
     for centre, keys, offset in zip(queries, _rows(key, *window), offsets, strict=True):
         relation = (centre - keys).relu_()
@@ -116,7 +117,7 @@ def _patch_attention(
     return weighted_sum(value, weights, *window)
 
 
-# Operators, for their FLOP formulas; a compiler is given what is inside.
+# Operators, for their FLOP formulas. A compiler sees the functions instead.
 
 
 def _like_value(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -147,16 +148,16 @@ _patch_operator = _autograd.operator('patch_attention', _patch_attention, _like_
 
 def difference_attention(*args: Any) -> torch.Tensor:
     """`_difference_attention`, as one operator in eager mode."""
-    return _difference_attention(*args) if torch.compiler.is_compiling() else _difference_operator(*args)
+    return _difference_attention(*args) if is_compiling() else _difference_operator(*args)
 
 
 def patch_attention(*args: Any) -> torch.Tensor:
     """`_patch_attention`, as one operator in eager mode."""
-    return _patch_attention(*args) if torch.compiler.is_compiling() else _patch_operator(*args)
+    return _patch_attention(*args) if is_compiling() else _patch_operator(*args)
 
 
 def buffered(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Tensors of one shape, which a compiler computes once and not for every element of what is made of them."""
+    """Tensors of one shape through one buffer: a compiler would compute them anew in every kernel that reads them."""
     return torch.stack(tensors).unbind()
 
 
@@ -167,7 +168,7 @@ def weighted_sum(value: torch.Tensor, weights: list[torch.Tensor], kernel_size: 
     out = value.new_zeros(batch, height, width, channels // groups, groups)
     for values, weight in zip(_rows(value, kernel_size, dilation), weights, strict=True):
         grouped = values.unflatten(-1, (-1, groups))
-        if torch.compiler.is_compiling():
+        if is_compiling():
             out = out + (grouped * weight.unsqueeze(-2)).sum(-3)
         else:
             for place in range(kernel_size):

@@ -1,4 +1,4 @@
-"""What SAN's layers compute by the functions of `timm_gsa.ops`, norms included, in place of their submodules."""
+"""SAN's layers by the functions of `timm_gsa.ops`, which compute the submodules' norms and convolutions too."""
 from collections.abc import Callable
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .._backend import affine_of, why_not_pristine
+from .._backend import Affine, affine_of, why_not_pristine
 from . import plain
 
 __all__ = [
@@ -23,7 +23,7 @@ _CLASSES = dict(act1=nn.ReLU, conv1=nn.Conv2d, act2=nn.ReLU, conv2=nn.Conv2d)
 
 
 def why_not_own_parts(layer: Any) -> str | None:
-    """Why the work of a layer's submodules between the relations and the weights may not be done in their place."""
+    """Why a short cut may not compute a layer's submodules between the relations and the weights."""
     for name, kind in _CLASSES.items():
         if type(getattr(layer, name)) is not kind:
             return f'{name} is a {type(getattr(layer, name)).__name__}'
@@ -38,7 +38,7 @@ def by_batch(layer: Any) -> bool:
     return all(type(norm) is nn.BatchNorm2d and norm.training for norm in (layer.norm1, layer.norm2))
 
 
-def fixed_norms(layer: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def fixed_norms(layer: Any) -> list[Affine]:
     """Factor and shift of each of the two norms that is fixed."""
     return [affine for affine in map(affine_of, (layer.norm1, layer.norm2)) if affine is not None]
 
@@ -57,9 +57,9 @@ def logits_of_differences(
         network: Callable[..., torch.Tensor],
         normed_network: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
 ) -> torch.Tensor:
-    """What `PairwiseAttention` takes its softmax of; the first norm acts on query and key.
+    """Logits of `PairwiseAttention`; the first norm acts on query and key.
 
-    Maps are at least float32 until they are subtracted: half precision leaves positions of neighbours hardly apart.
+    Maps are at least float32 until they are subtracted: half precision hardly separates the positions of neighbours.
     `position` is (1, 2, H, W); `moments`, `network` and `normed_network` are `difference_moments` and the networks of
     differences.
     """
@@ -90,7 +90,7 @@ def hidden_of_patches(
         moments: Callable[..., tuple[torch.Tensor, torch.Tensor]],
         network: Callable[..., torch.Tensor],
 ) -> torch.Tensor:
-    """What the second norm of `PatchwiseAttention` is applied to; `moments` and `network` are those of patches."""
+    """Input of the second norm of `PatchwiseAttention`; `moments` and `network` are those of patches."""
     channels, window = layer.dim_key, (layer.kernel_size, layer.dilation)
 
     def joined_moments() -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,8 +110,8 @@ def _affine_or_batch(
         moments: Callable[[], tuple[torch.Tensor, torch.Tensor]],
         count: int,
         like: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factor and shift of each channel, (C,), in eval mode, or in training mode from the moments of a batch.
+) -> Affine:
+    """Factor and summand of each channel, (C,), in eval mode, or in training mode from the moments of a batch.
 
     Args:
         norm: The norm, whose running statistics follow the batch in training mode.
@@ -127,7 +127,7 @@ def _affine_or_batch(
     weight, bias = _weight_and_bias(norm, like)
     scale = (variance + norm.eps).rsqrt() * weight
     wide = plain.wide_type(like)
-    return scale.to(wide), (bias - mean * scale).to(wide)
+    return Affine(scale.to(wide), (bias - mean * scale).to(wide))
 
 
 def _update_running(norm: nn.BatchNorm2d, mean: torch.Tensor, variance: torch.Tensor, count: int) -> None:
@@ -143,8 +143,8 @@ def _update_running(norm: nn.BatchNorm2d, mean: torch.Tensor, variance: torch.Te
         running.lerp_(batch.to(running.dtype), momentum)
 
 
-def _weight_and_bias(norm: nn.BatchNorm2d, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _weight_and_bias(norm: nn.BatchNorm2d, like: torch.Tensor) -> Affine:
     """Factors and summands that a norm learned, (C,); ones and zeros where it has none."""
     if norm.weight is None:
-        return like.new_ones(norm.num_features), like.new_zeros(norm.num_features)
-    return norm.weight, norm.bias
+        return Affine(like.new_ones(norm.num_features), like.new_zeros(norm.num_features))
+    return Affine(norm.weight, norm.bias)

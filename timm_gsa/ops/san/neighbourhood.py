@@ -1,6 +1,8 @@
-"""Neighbourhoods of a feature map: reflection padding and K x K windows, the ground on which SAN's operations stand."""
+"""Neighbourhoods of a feature map: reflection padding and K x K windows, which all of SAN's operations use."""
 import torch
 import torch.nn.functional as F
+
+from .._backend import is_compiling
 
 __all__ = ['neighbourhood', 'reflect_pad', 'reflected_index', 'same_padding', 'windows']
 
@@ -74,9 +76,10 @@ def neighbourhood(x: torch.Tensor, kernel_size: int, dilation: int = 1) -> torch
 
 
 def joined_reflect_pad(x: torch.Tensor, padding: int, axes: tuple[int, int]) -> torch.Tensor:
-    """`reflect_pad` along these axes, joined from slices, which a compiler makes a buffer of.
+    """`reflect_pad` along these axes by concatenation of slices, for a compiler.
 
-    A padding it would compute anew wherever that is read. The padding must be above 0 and below the axes' lengths.
+    Inductor writes a concatenation to memory once; a padding it would compute anew in every kernel that reads it. The
+    padding must be above 0 and below the axes' lengths.
     """
     for axis in axes:
         length = x.shape[axis]
@@ -92,7 +95,7 @@ def windows(padded: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tens
     view = padded.unfold(-2, span, 1).unfold(-2, span, 1)[..., ::dilation, ::dilation]
     view = view.movedim((-2, -1), (-4, -3))
     if not torch.jit.is_scripting():
-        if torch.compiler.is_compiling():
+        if is_compiling():
             # Free in inference, as the compiler fuses it. Without it torch compares K with the size of the map to
             # choose a memory layout, and compiles anew for smaller maps.
             view = view.clone(memory_format=torch.contiguous_format)

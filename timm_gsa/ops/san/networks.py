@@ -13,22 +13,18 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import _autograd
-from .neighbourhood import same_padding
+from .neighbourhood import reflect_pad, same_padding
 from .plain import network_flops, on_differences, on_patches, patch_flops, wide_type
 
 __all__ = ['Networks', 'define_networks']
 
 
 class Networks(NamedTuple):
-    """Operators on maps behind `reflect_pad`.
+    """The networks of `timm_gsa.ops` by the operators of one backend, with their arguments and results."""
 
-    difference: Logits, mean, variance and moments of `normed_difference_network`; with `eps` None a factor and a
-        summand stand in place of the norm, and the moments are zeros.
-    patch: `patch_network`.
-    """
-
-    difference: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]
-    patch: Callable[..., torch.Tensor]
+    difference_network: Callable[..., torch.Tensor]
+    normed_difference_network: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    patch_network: Callable[..., torch.Tensor]
 
 
 class _Norm(NamedTuple):
@@ -57,6 +53,27 @@ def _norm(
     return _Norm(mean, variance, rstd, factor, folded)
 
 
+class _Backend(NamedTuple):
+    """What the networks of one backend differ in.
+
+    prefix: Of the operators' names.
+    kernels: Gives the module whose functions go over relations.
+    devices: Dispatch keys of the operators.
+    map_layout: Memory layout of the maps that these functions return; that of the input if `preserve_format`.
+    groups_innermost: True if logits lie in memory with groups innermost, then places.
+    """
+
+    prefix: str
+    kernels: Callable[[], Any]
+    devices: tuple[str, ...]
+    map_layout: torch.memory_format
+    groups_innermost: bool
+
+    def as_map(self, x: torch.Tensor) -> torch.Tensor:
+        """An empty map like `x`, as the functions return it."""
+        return torch.empty_like(x, memory_format=self.map_layout)
+
+
 def define_networks(
         prefix: str,
         kernels: Callable[[], Any],
@@ -64,34 +81,71 @@ def define_networks(
         map_layout: torch.memory_format,
         groups_innermost: bool,
 ) -> Networks:
-    """Define the operators of one backend.
+    """Define the operators of one backend; for its arguments see `_Backend`.
 
-    Args:
-        prefix: Of their names.
-        kernels: Gives the module whose functions go over relations.
-        devices: Dispatch keys of the operators.
-        map_layout: Memory layout of the maps that these functions return; that of the input if `preserve_format`.
-        groups_innermost: Whether logits lie in memory with groups innermost, then places.
+    Returns:
+        The networks on maps that are padded here.
     """
-    def as_map(x: torch.Tensor) -> torch.Tensor:
-        return torch.empty_like(x, memory_format=map_layout)
+    backend = _Backend(prefix, kernels, devices, map_layout, groups_innermost)
+    difference, patch = _Difference(backend).define(), _Patch(backend).define()
 
-    return Networks(
-        _define_difference(prefix, kernels, devices, as_map, groups_innermost),
-        _define_patch(prefix, kernels, devices, as_map),
-    )
+    def difference_network(
+            query: torch.Tensor,
+            key: torch.Tensor,
+            weight1: torch.Tensor,
+            bias1: torch.Tensor,
+            weight2: torch.Tensor,
+            bias2: torch.Tensor,
+            kernel_size: int,
+            dilation: int,
+    ) -> torch.Tensor:
+        padded = reflect_pad(key, same_padding(kernel_size, dilation))
+        scale = torch.ones_like(bias1)
+        return difference(query, padded, weight1, scale, bias1, weight2, bias2, None, kernel_size, dilation)[0]
+
+    def normed_difference_network(
+            query: torch.Tensor,
+            key: torch.Tensor,
+            weight1: torch.Tensor,
+            scale: torch.Tensor,
+            shift: torch.Tensor,
+            eps: float,
+            weight2: torch.Tensor,
+            bias2: torch.Tensor,
+            kernel_size: int,
+            dilation: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        padded = reflect_pad(key, same_padding(kernel_size, dilation))
+        return difference(query, padded, weight1, scale, shift, weight2, bias2, eps, kernel_size, dilation)[:3]
+
+    def patch_network(
+            key: torch.Tensor,
+            scale: torch.Tensor,
+            shift: torch.Tensor,
+            weight: torch.Tensor,
+            kernel_size: int,
+            dilation: int,
+    ) -> torch.Tensor:
+        padded = reflect_pad(key, same_padding(kernel_size, dilation))
+        return patch(padded, scale, shift, weight, kernel_size, dilation)
+
+    return Networks(difference_network, normed_difference_network, patch_network)
 
 
-def _define_difference(
-        prefix: str,
-        kernels: Callable[[], Any],
-        devices: tuple[str, ...],
-        as_map: Callable[[torch.Tensor], torch.Tensor],
-        groups_innermost: bool,
-) -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    name = f'{prefix}difference_network'
+class _Difference:
+    """The operator of networks of differences, on keys behind `reflect_pad`.
+
+    It gives logits, mean, variance and moments of `normed_difference_network`. With `eps` None a factor and a summand
+    stand in place of the norm, and the moments are zeros.
+    """
+
+    def __init__(self, backend: _Backend) -> None:
+        self.backend = backend
+        self.kernels = backend.kernels
+        self.name = f'{backend.prefix}difference_network'
 
     def forward(
+            self,
             query: torch.Tensor,
             padded: torch.Tensor,
             weight1: torch.Tensor,
@@ -107,14 +161,15 @@ def _define_difference(
         if eps is None:
             moments = query.new_zeros(query.shape[1] + 1, query.shape[1] + 1, dtype=torch.float64)
         else:
-            moments = kernels().rectified_moments(query, padded, *window, weight2.dtype).double()
+            moments = self.kernels().rectified_moments(query, padded, *window, weight2.dtype).double()
             moments /= _count(query, kernel_size)
         norm = _norm(weight1.double(), scale, shift, moments, eps)
-        logits = kernels().difference_logits(
-            query, padded, norm.folded.to(wide_type(query)), weight2, bias2, *window)
+        folded = norm.folded.to(wide_type(query))
+        logits = self.kernels().difference_logits(query, padded, folded, weight2, bias2, *window)
         return logits, norm.mean, norm.variance, moments
 
     def fake(
+            self,
             query: torch.Tensor,
             padded: torch.Tensor,
             weight1: torch.Tensor,
@@ -128,7 +183,7 @@ def _define_difference(
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         batch, channels, height, width = query.shape
         groups, places = weight2.shape[0], kernel_size ** 2
-        if groups_innermost:
+        if self.backend.groups_innermost:
             logits = query.new_empty(batch, height, width, places, groups, dtype=weight2.dtype).permute(0, 4, 3, 1, 2)
         else:
             logits = query.new_empty(batch, groups, places, height, width)
@@ -136,6 +191,7 @@ def _define_difference(
         return logits, mean, variance, query.new_empty(channels + 1, channels + 1, dtype=torch.float64)
 
     def backward(
+            self,
             grad: torch.Tensor,
             query: torch.Tensor,
             padded: torch.Tensor,
@@ -151,51 +207,66 @@ def _define_difference(
     ) -> tuple[
         torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
     ]:
-        inputs = weight1, scale, shift, weight2, bias2
         maps, window = (query, padded), (kernel_size, dilation)
         norm, wide = _norm(weight1.double(), scale, shift, moments, eps), wide_type(query)
         folded = norm.folded.to(wide)
-        grad_weight2, products, grad_bias2 = kernels().difference_products(
-            grad, *maps, folded, weight2, *window)
+        grad_weight2, products, grad_bias2 = self.kernels().difference_products(grad, *maps, folded, weight2, *window)
         grads, correction = _gradients_of_norm(
             products, weight1.double(), norm, moments, None if eps is None else _count(query, kernel_size))
         back = (weight1.double() * norm.factor[:, None]).t().to(wide).contiguous()
-        grad_maps = kernels().difference_input_gradients(
+        grad_maps = self.kernels().difference_input_gradients(
             grad, *maps, folded, back, None if correction is None else correction.to(wide), weight2, *window)
-        return *grad_maps, *_like_each(inputs, (*grads, grad_weight2, grad_bias2))
+        return *grad_maps, *_like_each((weight1, scale, shift, weight2, bias2), (*grads, grad_weight2, grad_bias2))
 
+    def fake_backward(
+            self,
+            grad: torch.Tensor,
+            query: torch.Tensor,
+            padded: torch.Tensor,
+            *more: Any,
+    ) -> tuple[torch.Tensor, ...]:
+        return self.backend.as_map(query), self.backend.as_map(padded), *(x.new_empty(x.shape) for x in more[:5])
+
+    @staticmethod
+    def flops(query: Any, padded: Any, weight1: Any, *more: Any, **_: Any) -> int:
+        scale, shift, weight2, bias2, eps, kernel_size = more[:6]
+        return network_flops(query, weight1, weight2, kernel_size)
+
+    @staticmethod
     def backward_flops(grad: Any, query: Any, padded: Any, weight1: Any, *more: Any, **_: Any) -> int:
-        return network_flops(query, weight1, more[2], more[6], products=3)
+        scale, shift, weight2, bias2, moments, eps, kernel_size = more[:7]
+        return network_flops(query, weight1, weight2, kernel_size, products=3)
 
-    operator = _autograd.operator(
-        name, forward, fake,
-        lambda query, padded, weight1, scale, shift, weight2, bias2, eps, kernel_size, *_, **__: network_flops(
-            query, weight1, weight2, kernel_size),
-        devices[0])
-    backward_operator = _autograd.operator(
-        f'{name}_backward', backward,
-        lambda grad, query, padded, weight1, scale, shift, weight2, bias2, *more: (
-            as_map(query), as_map(padded), *(x.new_empty(x.shape) for x in (weight1, scale, shift, weight2, bias2))),
-        backward_flops, devices[0])
-    for device in devices[1:]:
-        _autograd.implement(name, forward, device)
-        _autograd.implement(f'{name}_backward', backward, device)
-
+    @staticmethod
     def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         ctx.save_for_backward(*inputs[:7], output[3])
         ctx.more = inputs[7:]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
-    def gradients(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
-        if grad is None:
-            return (None,) * 10
-        if torch.is_grad_enabled():
-            return _autograd.differentiable_gradients(
-                lambda *x: on_differences(*x)[0], ctx.saved_tensors[:7], grad, *ctx.more)
-        return *backward_operator(grad, *ctx.saved_tensors, *ctx.more), None, None, None
+    def define(self) -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Register the operator, and return it."""
+        operator = _define(self.name, self.forward, self.fake, self.flops, self.backend)
+        backward = _define(
+            f'{self.name}_backward', self.backward, self.fake_backward, self.backward_flops, self.backend)
 
-    _autograd.register(name, gradients, keep)
+        def gradients(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
+            if grad is None:
+                return (None,) * 10
+            if torch.is_grad_enabled():
+                return _autograd.differentiable_gradients(
+                    lambda *x: on_differences(*x)[0], ctx.saved_tensors[:7], grad, *ctx.more)
+            return *backward(grad, *ctx.saved_tensors, *ctx.more), None, None, None
+
+        _autograd.register(self.name, gradients, self.keep)
+        return operator
+
+
+def _define(name: str, function: Any, fake: Any, flops: Any, backend: _Backend) -> Callable[..., Any]:
+    """Register an operator for all devices of a backend."""
+    operator = _autograd.operator(name, function, fake, flops, backend.devices[0])
+    for device in backend.devices[1:]:
+        _autograd.implement(name, function, device)
     return operator
 
 
@@ -218,21 +289,22 @@ def _gradients_of_norm(
     if count is None:
         return (grad_weight1, grad_scale, grad_shift), None
     slope = (norm.factor * norm.rstd * grad_scale / count)[:, None]
-    level = (norm.factor * grad_shift / count)[:, None] - slope * norm.mean[:, None]
+    constant = (norm.factor * grad_shift / count)[:, None] - slope * norm.mean[:, None]
     first, second = moments[:-1, -1], moments[:-1, :-1]
-    grad_weight1 -= slope * (weight1 @ second) * count + level * first * count
-    return (grad_weight1, grad_scale, grad_shift), weight1.t() @ torch.cat([weight1 * slope, level], dim=1)
+    grad_weight1 -= slope * (weight1 @ second) * count + constant * first * count
+    return (grad_weight1, grad_scale, grad_shift), weight1.t() @ torch.cat([weight1 * slope, constant], dim=1)
 
 
-def _define_patch(
-        prefix: str,
-        kernels: Callable[[], Any],
-        devices: tuple[str, ...],
-        as_map: Callable[[torch.Tensor], torch.Tensor],
-) -> Callable[..., torch.Tensor]:
-    name = f'{prefix}patch_network'
+class _Patch:
+    """The operator of networks of patches, `patch_network` of keys behind `reflect_pad`."""
+
+    def __init__(self, backend: _Backend) -> None:
+        self.backend = backend
+        self.kernels = backend.kernels
+        self.name = f'{backend.prefix}patch_network'
 
     def forward(
+            self,
             padded: torch.Tensor,
             scale: torch.Tensor,
             shift: torch.Tensor,
@@ -240,9 +312,10 @@ def _define_patch(
             kernel_size: int,
             dilation: int,
     ) -> torch.Tensor:
-        return kernels().patch_hidden(padded, scale, shift, weight, kernel_size, dilation)
+        return self.kernels().patch_hidden(padded, scale, shift, weight, kernel_size, dilation)
 
     def fake(
+            self,
             padded: torch.Tensor,
             scale: torch.Tensor,
             shift: torch.Tensor,
@@ -251,9 +324,10 @@ def _define_patch(
             dilation: int,
     ) -> torch.Tensor:
         batch, height, width = _positions(padded.shape, kernel_size, dilation)
-        return as_map(padded.new_empty(batch, weight.shape[0], height, width))
+        return self.backend.as_map(padded.new_empty(batch, weight.shape[0], height, width))
 
     def backward(
+            self,
             grad: torch.Tensor,
             padded: torch.Tensor,
             scale: torch.Tensor,
@@ -262,23 +336,32 @@ def _define_patch(
             kernel_size: int,
             dilation: int,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        grad_padded, *grads = kernels().patch_gradients(grad, padded, scale, shift, weight, kernel_size, dilation)
+        grad_padded, *grads = self.kernels().patch_gradients(
+            grad, padded, scale, shift, weight, kernel_size, dilation)
         return grad_padded, *_like_each((scale, shift, weight), tuple(grads))
 
+    def fake_backward(
+            self,
+            grad: torch.Tensor,
+            padded: torch.Tensor,
+            *more: Any,
+    ) -> tuple[torch.Tensor, ...]:
+        return self.backend.as_map(padded), *(x.new_empty(x.shape) for x in more[:3])
+
+    @staticmethod
     def flops(padded: Any, scale: Any, shift: Any, weight: Any, kernel_size: int, dilation: int, **_: Any) -> int:
         return patch_flops(_positions(padded, kernel_size, dilation), weight)
 
-    operator = _autograd.operator(name, forward, fake, flops, devices[0])
-    backward_operator = _autograd.operator(
-        f'{name}_backward', backward,
-        lambda grad, padded, scale, shift, weight, kernel_size, dilation: (
-            as_map(padded), *(x.new_empty(x.shape) for x in (scale, shift, weight))),
-        lambda grad, *shapes, **more: 2 * flops(*shapes, **more), devices[0])
-    for device in devices[1:]:
-        _autograd.implement(name, forward, device)
-        _autograd.implement(f'{name}_backward', backward, device)
-    _autograd.gradients(name, 4, backward_operator, on_patches)
-    return operator
+    def backward_flops(self, grad: Any, *more: Any, **_: Any) -> int:
+        return 2 * self.flops(*more)
+
+    def define(self) -> Callable[..., torch.Tensor]:
+        """Register the operator, and return it."""
+        operator = _define(self.name, self.forward, self.fake, self.flops, self.backend)
+        backward = _define(
+            f'{self.name}_backward', self.backward, self.fake_backward, self.backward_flops, self.backend)
+        _autograd.gradients(self.name, 4, backward, on_patches)
+        return operator
 
 
 def _positions(padded: Any, kernel_size: int, dilation: int) -> tuple[int, int, int]:

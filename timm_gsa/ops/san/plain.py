@@ -1,7 +1,7 @@
 """SAN's operations by plain operators of torch, for any device, transform, exporter and tracer.
 
-Only the sum over neighbours is an operator of its own wherever nothing looks on: its loop over places would leave
-K * K steps in the graph of autograd, and each would write a gradient of the whole map.
+Only the sum over neighbours is an operator of its own, outside tracers and transforms: its loop over places would add
+K * K steps to the graph of autograd, each of which writes a gradient of the whole map.
 """
 from collections.abc import Callable
 from typing import Any
@@ -101,12 +101,12 @@ def aggregation(value: torch.Tensor, weight: torch.Tensor, kernel_size: int, dil
 
 
 def grouped(x: torch.Tensor, groups: int) -> torch.Tensor:
-    """(B, C, ...) seen as (B, C / G, G, ...), so that channels sharing a weight lie along one axis."""
+    """View of (B, C, ...) as (B, C / G, G, ...): channels that share a weight lie along one axis."""
     return x.unflatten(1, (x.shape[1] // groups, groups))
 
 
 def _sum_over_places(padded: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
-    """The sum without a step in place, which transforms could not take."""
+    """The sum without operations in place, which transforms do not support."""
     height, width = weight.shape[-2], weight.shape[-1]
     wide = torch.float64 if padded.dtype == torch.float64 else torch.float32
     source = grouped(padded, weight.shape[1])
@@ -130,7 +130,7 @@ def _sum_in_place(padded: torch.Tensor, weight: torch.Tensor, kernel_size: int, 
 
 
 def _window(place: int, kernel_size: int, dilation: int, height: int, width: int) -> tuple[Any, ...]:
-    """Index of what all positions see at one place."""
+    """Index of the neighbours of all positions at one place."""
     top, left = place // kernel_size * dilation, place % kernel_size * dilation
     return (..., slice(top, top + height), slice(left, left + width))
 

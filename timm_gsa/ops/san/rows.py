@@ -1,8 +1,8 @@
 """The relation networks on padded keys, row by row of the neighbourhood and image by image.
 
-What is held stays in the cache of a CPU: K times less than one image's relations. Backward passes compute the relations
-anew and keep none. Nothing here knows of gradients; matrices may have another dtype than maps, and what is made of them
-has that of the maps.
+The tensors of one step are K times smaller than one image's relations and stay in the cache of a CPU. Backward passes
+recompute the relations and store none. These functions are not differentiable themselves. Matrices may have another
+dtype than maps; results have that of the maps.
 """
 from collections.abc import Iterator
 
@@ -66,7 +66,7 @@ def difference_products(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """From the gradient of the logits: that of weight2, sum dy [a; 1]^T (M, C + 1), and that of bias2.
 
-    dy is the gradient of what `folded` gives.
+    dy is the gradient of `folded` [a; 1].
     """
     folded, weight2 = folded.to(query.dtype), weight2.to(query.dtype)
     by_row = grad.reshape(len(query), len(weight2), kernel_size, -1)
@@ -142,7 +142,7 @@ def patch_gradients(
         kernel_size: int,
         dilation: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of the four tensors that `patch_hidden` takes, from that of what it gives."""
+    """Gradients of the four tensor arguments of `patch_hidden` from the gradient of its result."""
     scale, shift, weight = (x.to(padded.dtype) for x in (scale, shift, weight))
     neighbours = windows(padded, kernel_size, dilation)
     channels, height, width = padded.shape[1], *neighbours.shape[-2:]
@@ -174,7 +174,7 @@ def _differences(
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
     """Image, row of the neighbourhood, and relu(query - key) as a matrix (C + 1, K * H * W) whose last row is 1.
 
-    One matrix, written anew for every row.
+    The same memory is overwritten for every row.
     """
     batch, channels, height, width = query.shape
     neighbours = windows(padded, kernel_size, dilation)
@@ -206,7 +206,7 @@ def _mapped_keys(
         scale: torch.Tensor,
         shift: torch.Tensor,
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Image, row of the neighbourhood, and relu(scale * key + shift) as a matrix (C * K, H * W), written anew."""
+    """Image, row of the neighbourhood, and relu(scale * key + shift) as a matrix (C * K, H * W) in reused memory."""
     batch, channels, kernel_size, _, height, width = neighbours.shape
     places = (channels, kernel_size, kernel_size, 1, 1)
     scale, shift = scale.view(places), shift.view(places)
@@ -218,7 +218,7 @@ def _mapped_keys(
 
 
 def _where_positive(grad: torch.Tensor, rectified: torch.Tensor) -> torch.Tensor:
-    """Gradient of a rectifier, in place, from what it gave."""
+    """Gradient of a rectifier, in place, from its output."""
     return torch.ops.aten.threshold_backward.grad_input(grad, rectified, 0, grad_input=grad)
 
 
@@ -230,6 +230,6 @@ def _window(
         height: int,
         width: int,
 ) -> torch.Tensor:
-    """What all positions of a map see at one place, as a view (..., H, W) on the padded map."""
+    """The neighbours of all positions at one place, as a view (..., H, W) of the padded map."""
     top, left = row * dilation, column * dilation
     return padded[..., top:top + height, left:left + width]

@@ -1,8 +1,8 @@
 """The stem of SAN up to its pool on a CPU, in inference.
 
 Before the pool the maps are as large as the images, with 64 channels in the authors' networks. The first convolution is
-1x1, and what follows it but the maximum of four pixels is the same for all of them: so the pixels of one place of the
-pool's windows are a map of their own, and no larger ones are made.
+1 x 1 and takes in the norm; adding a summand and rectifying keep the order of numbers. So the maximum over the
+four places of the pool's windows is taken of products, place by place, and no map is larger than the pooled one.
 """
 import functools
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from .._backend import affine_of, records_gradients, why_not_cpu, why_not_pristine
+from .._backend import affine_of, is_compiling, records_gradients, why_not_cpu, why_not_pristine
 from .innermost import buffered
 
 __all__ = ['stem', 'why_not_stem']
@@ -24,28 +24,28 @@ def why_not_stem(layer: Any, x: torch.Tensor, pool: type[nn.Module]) -> str | No
         return 'gradients are recorded'
     reason = why_not_cpu(*tensors)
     if reason is None and list(layer._modules)[:4] != ['conv', 'norm', 'act', 'pool']:
-        return 'has other submodules'
+        return 'the stem has other submodules'
     if reason is None and (type(layer.conv), type(layer.act), type(layer.pool)) != (nn.Conv2d, nn.ReLU, pool):
         return 'conv, act or pool is of another class'
     reason = reason or why_not_pristine(layer, dict(conv=None, norm=None, act=None, pool=None), (pool,))
     if reason is None and type(layer.norm) is not nn.Identity and affine_of(layer.norm) is None:
-        return 'norm is no fixed affine map'
+        return 'norm is no fixed affine map: it is in training mode, or no batch norm with running statistics'
     return reason or _why_not_image(layer, x)
 
 
 def _why_not_image(layer: Any, x: torch.Tensor) -> str | None:
-    """Images that do not fit go through the submodules, whose errors say so."""
+    """Images that do not fit are left to the submodules, which raise torch's own errors."""
     if x.dim() != 4 or x.shape[1] != layer.conv.in_channels or x.dtype != layer.conv.weight.dtype:
-        return 'images of another shape or dtype than conv takes'
-    if torch.compiler.is_compiling():
-        return None if layer.conv.in_channels <= _COLOURS else f'more than {_COLOURS} colours'
-    return 'images of less than 2 x 2 pixels' if min(x.shape[-2:]) < 2 else None
+        return 'conv does not take images of this shape or dtype'
+    if is_compiling():
+        return None if layer.conv.in_channels <= _COLOURS else f'the images have more than {_COLOURS} channels'
+    return 'the images have less than 2 x 2 pixels' if min(x.shape[-2:]) < 2 else None
 
 
 def stem(layer: Any, x: torch.Tensor, pool: type[nn.Module]) -> torch.Tensor:
     """Convolution, norm, activation and pool of `SANStem`."""
     weight, bias = _folded(layer)
-    return _in_one_loop(weight, bias, x) if torch.compiler.is_compiling() else _by_place(weight, bias, x)
+    return _in_one_loop(weight, bias, x) if is_compiling() else _by_place(weight, bias, x)
 
 
 def _folded(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,7 +78,7 @@ def _by_place(weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor) -> torc
 
 
 def _in_one_loop(weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """For a compiler."""
+    """The same as one loop over pixels, for a compiler."""
     rows = buffered(*weight.unbind(1))
     height, width = x.shape[-2] // 2 * 2, x.shape[-1] // 2 * 2
     x = x.movedim(1, -1).unsqueeze(-1)

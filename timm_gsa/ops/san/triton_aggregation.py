@@ -30,11 +30,13 @@ that are summed alike.
 """
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+
+from .._kernels import grid_of, layout_of
 
 __all__ = ['forward', 'value_grad', 'weight_grad']
 
@@ -54,22 +56,29 @@ def _reflected(index, size):
 
 
 @triton.jit
-def _strips(batch, height, width, T: tl.constexpr, N: tl.constexpr, OFFSET: tl.constexpr):
-    """The N strips of T pixels that a block serves: their row, and (N, 1, 1) image, first column and which exist."""
-    y = tl.program_id(0).to(OFFSET) % height
-    strip = tl.program_id(0).to(OFFSET) // height * N + tl.arange(0, N)[:, None, None]
-    across = tl.cdiv(width, T)
-    there = strip < batch.to(OFFSET) * across
-    strip = tl.minimum(strip, batch.to(OFFSET) * across - 1)
-    return y, (strip // across).to(tl.int64), strip % across * T, there
+def _program(batch, height, width, T: tl.constexpr, N: tl.constexpr, OFFSET: tl.constexpr):
+    """Row that a program serves, block of strips at that row in all images, and share of the channels."""
+    blocks = tl.cdiv(batch.to(OFFSET) * tl.cdiv(width, T), N)
+    program = tl.program_id(0).to(OFFSET)
+    return program % height, program // height % blocks, program // height // blocks
 
 
 @triton.jit
-def _channels(groups, R: tl.constexpr, L: tl.constexpr, E: tl.constexpr):
-    """Groups (1, L, E) that a block serves, and the R channels of each thread among those that share their weights."""
+def _strips(block, batch, width, T: tl.constexpr, N: tl.constexpr, OFFSET: tl.constexpr):
+    """The N strips of T pixels of a block: their images and first columns, (N, 1, 1), and which exist."""
+    strip = block * N + tl.arange(0, N)[:, None, None]
+    across = tl.cdiv(width, T)
+    exists = strip < batch.to(OFFSET) * across
+    strip = tl.minimum(strip, batch.to(OFFSET) * across - 1)
+    return (strip // across).to(tl.int64), strip % across * T, exists
+
+
+@triton.jit
+def _channels(share, groups, R: tl.constexpr, L: tl.constexpr, E: tl.constexpr):
+    """Groups (1, L, E) of a share, and the R channels of each thread among those that share their weights."""
     blocks = groups // E
-    g = tl.broadcast_to((tl.program_id(1) % blocks * E + tl.arange(0, E))[None, None, :], [1, L, E])
-    first = tl.program_id(1) // blocks * (R * L) + tl.arange(0, L)[None, :, None]
+    g = tl.broadcast_to((share % blocks * E + tl.arange(0, E))[None, None, :], [1, L, E])
+    first = share // blocks * (R * L) + tl.arange(0, L)[None, :, None]
     channels = ()
     for r in tl.static_range(R):
         channels = channels + (first + r * L,)
@@ -99,14 +108,14 @@ def _load(pointer, ACC: tl.constexpr, mask=None, other: tl.constexpr = None):
 
 @triton.jit
 def _store(
-        a, sums, image, y, x, there, width, s, g, sharing, a_b, a_s, a_g, a_h, a_w,
+        a, sums, image, y, x, exists, width, s, g, sharing, a_b, a_s, a_g, a_h, a_w,
         UNIT: tl.constexpr, V: tl.constexpr, OFFSET: tl.constexpr, T: tl.constexpr, R: tl.constexpr,
 ):
     for r in tl.static_range(R):
         plane = _planes(a, image, s[r], g, a_b, a_s, a_g, UNIT, V, OFFSET)
         for t in tl.static_range(T):
             at = (y * a_h + (x + t) * a_w) * V
-            keep = there & (x + t < width) & (s[r] < sharing)
+            keep = exists & (x + t < width) & (s[r] < sharing)
             tl.store(plane + at, sums[t][r].to(a.dtype.element_ty), mask=keep)
 
 
@@ -121,8 +130,9 @@ def _forward(
 ):
     """a: output. b: value. w: weight."""
     PAD: tl.constexpr = K // 2 * D
-    y, image, x, there = _strips(batch, height, width, T, N, OFFSET)
-    g, s = _channels(groups, R, L, E)
+    y, block, share = _program(batch, height, width, T, N, OFFSET)
+    image, x, exists = _strips(block, batch, width, T, N, OFFSET)
+    g, s = _channels(share, groups, R, L, E)
 
     values = ()
     for r in tl.static_range(R):
@@ -156,7 +166,7 @@ def _forward(
                 else:
                     new = new + (sums[t],)
             sums = new
-    _store(a, sums, image, y, x, there, width, s, g, sharing, a_b, a_s, a_g, a_h, a_w, A_UNIT, A_V, OFFSET, T, R)
+    _store(a, sums, image, y, x, exists, width, s, g, sharing, a_b, a_s, a_g, a_h, a_w, A_UNIT, A_V, OFFSET, T, R)
 
 
 @triton.jit
@@ -197,8 +207,9 @@ def _value_grad(
     """
     C: tl.constexpr = K // 2
     PAD: tl.constexpr = C * D
-    y, image, x, there = _strips(batch, height, width, T, N, OFFSET)
-    g, s = _channels(groups, R, L, E)
+    y, block, share = _program(batch, height, width, T, N, OFFSET)
+    image, x, exists = _strips(block, batch, width, T, N, OFFSET)
+    g, s = _channels(share, groups, R, L, E)
 
     grads = ()
     for r in tl.static_range(R):
@@ -240,7 +251,7 @@ def _value_grad(
                     else:
                         new = new + (sums[t],)
                 sums = new
-    _store(a, sums, image, y, x, there, width, s, g, sharing, a_b, a_s, a_g, a_h, a_w, A_UNIT, A_V, OFFSET, T, R)
+    _store(a, sums, image, y, x, exists, width, s, g, sharing, a_b, a_s, a_g, a_h, a_w, A_UNIT, A_V, OFFSET, T, R)
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
@@ -254,8 +265,9 @@ def _weight_grad(
 ):
     """a: gradient of the output. b: value. w: gradient of the weight."""
     PAD: tl.constexpr = K // 2 * D
-    y, image, x, there = _strips(batch, height, width, T, N, OFFSET)
-    g = (tl.program_id(1) * E + tl.arange(0, E))[None, None, :]
+    y, block, share = _program(batch, height, width, T, N, OFFSET)
+    image, x, exists = _strips(block, batch, width, T, N, OFFSET)
+    g = (share * E + tl.arange(0, E))[None, None, :]
 
     grads = _planes(a, image, g * 0, g, a_b, a_s, a_g, A_UNIT, A_V, OFFSET) + y * a_h * A_V
     values = _planes(b, image, g * 0, g, b_b, b_s, b_g, B_UNIT, B_V, OFFSET)
@@ -291,7 +303,7 @@ def _weight_grad(
                     new = new + (places,)
                 sums = new
         for t in tl.static_range(T):
-            keep = there & (x + t < width)
+            keep = exists & (x + t < width)
             for kx in tl.static_range(K):
                 result = sums[t][kx]
                 if w.dtype.element_ty.primitive_bitwidth == 16:  # no conversion leads there from float64
@@ -319,63 +331,67 @@ def _tiles(kernel: Any, last: bool, groups: int, sharing: int, width: int, items
     return tiles
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _tuned(kernel: Any, *kind: Any) -> Any:
-    """The kernel with the fastest of its tiles, measured when it first meets a scale of maps."""
+    """The kernel with the fastest of its tiles. They are measured once for each power of two of a map's pixels."""
     configs = [triton.Config(tile, num_warps=4) for tile in _tiles(kernel, *kind)]
     return triton.autotune(configs, key=['scale', 'K', 'D', 'A_UNIT', 'W_UNIT'])(kernel)
 
 
-def _steps(x: torch.Tensor, groups: int, last: bool) -> tuple[list[int], bool, int, int]:
-    """Strides of a map (batch, sharing, group, height, width) or a weight (batch, group, place, height, width).
+class _Map(NamedTuple):
+    """How a map (batch, sharing, group, height, width) or a weight (batch, group, place, height, width) lies in memory.
 
-    Returns:
-        The strides in steps of V numbers; whether those of the groups are 1 instead; V, by which the kernel multiplies
-        them, so that Triton knows how they are aligned; and the span of an image in numbers.
+    steps: Strides in steps of `factor` numbers.
+    unit: True if the stride of the groups is 1 instead.
+    factor: As of `layout_of`.
+    span: Numbers that an image spans.
     """
+
+    steps: list[int]
+    unit: bool
+    factor: int
+    span: int
+
+
+def _map(x: torch.Tensor, groups: int, last: bool) -> _Map:
     axis = 1
     if x.dim() == 4:
         x = x.unflatten(1, (x.shape[1] // groups, groups))
         axis = 2
-    strides = [stride if size > 1 else 0 for stride, size in zip(x.stride(), x.shape, strict=True)]
-    span = sum(stride * (size - 1) for stride, size in zip(strides[1:], x.shape[1:], strict=True))
-    unit = last and strides[axis] == 1
-    v = math.gcd(16 // x.element_size(), *strides[:axis], *strides[axis + 1:]) if unit else 1
-    return [stride // v for stride in strides], unit, v, span
+    unit = last and groups > 1 and x.stride(axis) == 1
+    layout = layout_of(x, (axis,) if unit else ())
+    return _Map(layout.steps, unit, layout.factor, layout.span)
 
 
 def _launch(kernel: Any, a: torch.Tensor, b: torch.Tensor, w: torch.Tensor, kernel_size: int, dilation: int) -> None:
     batch, channels, height, width = b.shape
     if b.numel() == 0:
         return
-    groups = w.shape[1]
+    groups, last = w.shape[1], b.stride(1) == 1
     sharing = channels // groups
-    last = b.stride(1) == 1
-    a_steps, a_unit, a_v, a_span = _steps(a, groups, last)
-    b_steps, b_unit, b_v, b_span = _steps(b, groups, last)
-    w_steps, w_unit, w_v, w_span = _steps(w, groups, last)
-    arguments = [a, b, w, batch, height, width, groups, sharing, (height * width).bit_length()]
-    arguments += [*a_steps, *b_steps, *w_steps]
-    constants = dict(
-        A_UNIT=a_unit, A_V=a_v, B_UNIT=b_unit, B_V=b_v, W_UNIT=w_unit, W_V=w_v,
-        K=kernel_size, D=dilation,
-        ACC=tl.float64 if b.dtype == torch.float64 else tl.float32,
-        OFFSET=tl.int32 if max(a_span, b_span, w_span, batch * height * width) < 2 ** 30 else tl.int64,
-    )
+    maps = dict(A=_map(a, groups, last), B=_map(b, groups, last), W=_map(w, groups, last))
+    constants: dict[str, Any] = dict(K=kernel_size, D=dilation)
+    constants['ACC'] = tl.float64 if b.dtype == torch.float64 else tl.float32
+    for name, layout in maps.items():
+        constants |= {f'{name}_UNIT': layout.unit, f'{name}_V': layout.factor}
+    span = max(batch * height * width, *(layout.span for layout in maps.values()))
+    constants['OFFSET'] = tl.int32 if span < 2 ** 30 else tl.int64
+    numbers = [batch, height, width, groups, sharing, (height * width).bit_length()]
+    numbers += [step for layout in maps.values() for step in layout.steps]
 
-    def grid(tile: dict[str, int]) -> tuple[int, int]:
+    def grid(tile: dict[str, int]) -> tuple[int]:
         blocks = height * triton.cdiv(batch * triton.cdiv(width, tile['T']), tile['N'])
         shares = 1 if kernel is _weight_grad else triton.cdiv(sharing, tile['R'] * tile['L'])
-        return blocks, groups // tile['E'] * shares
+        return grid_of(blocks * (groups // tile['E']) * shares)
 
     # Of the width only what the last strip of a row holds matters, and strips are of at most 4 pixels.
     kind = kernel, last, groups, sharing, (width - 1) % 4 + 1 if kernel is _value_grad else 0, b.element_size()
     with torch.cuda.device_of(b):
         if isinstance(kernel, triton.JITFunction):
             # Multiply-adds are written out; Triton 3.9 warns whoever does not choose.
-            _tuned(*kind)[grid](*arguments, **constants, enable_fp_fusion=True)
+            _tuned(*kind)[grid](a, b, w, *numbers, **constants, enable_fp_fusion=True)
         else:  # Triton's interpreter, which has no time to measure
-            kernel[grid](*arguments, **constants, **_tiles(*kind)[0])
+            kernel[grid](a, b, w, *numbers, **constants, **_tiles(*kind)[0])
 
 
 def forward(value: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:

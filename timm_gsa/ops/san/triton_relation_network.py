@@ -31,12 +31,14 @@ Loads are of 16 bytes where channels are innermost in memory, and these and all 
 18 channels a caller may add 6 that are zero, with columns of zeros in the matrices: that saves a fourth of the
 registers and a seventh of the instructions.
 """
-import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+
+from .._backend import allows_tf32
+from .._kernels import grid_of, layout_of
 
 __all__ = [
     'difference_input_gradients',
@@ -56,7 +58,7 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 # Sizes and strides, none of which is worth another compilation.
 _NUMBERS = (
-    'count', 'height', 'width', 'tiles', 'batch', 'per_program', 'places',
+    'count', 'height', 'width', 'positions', 'tiles', 'batch', 'per_program', 'places',
     'q_b', 'q_c', 'q_h', 'q_w', 'k_b', 'k_c', 'k_h', 'k_w', 'g_b', 'g_c', 'g_p', 'g_h', 'g_w',
 )
 
@@ -65,10 +67,10 @@ _NUMBERS = (
 def _rows(tile, count, height, width, P: tl.constexpr, INDEX: tl.constexpr):
     """The P positions (image, row, column) of a tile, and which exist; the others repeat the last one."""
     n = tl.full([], P, INDEX) * tile + tl.arange(0, P)
-    there = n < count
+    exists = n < count
     n = tl.minimum(n, count - 1)
     line = n // width
-    return n.to(tl.int64), (line // height).to(tl.int64), line % height, n % width, there
+    return n.to(tl.int64), (line // height).to(tl.int64), line % height, n % width, exists
 
 
 @triton.jit
@@ -130,12 +132,12 @@ def _tiles(base, rows, stride_c, UNIT: tl.constexpr, C: tl.constexpr, CB: tl.con
 
 
 @triton.jit
-def _with_one(tiles, there, C: tl.constexpr, CB: tl.constexpr, REST: tl.constexpr):
-    """Queries with a 1 after their channels, of which all rectifiers leave 0 where there is no position."""
+def _with_one(tiles, exists, C: tl.constexpr, CB: tl.constexpr, REST: tl.constexpr):
+    """Queries with a 1 after their channels, of which all rectifiers leave 0 where no position exists."""
     new = ()
     for i in tl.static_range(1 + (REST > 0)):
         tile = tl.where((_piece(i, CB, REST) == C)[None, :], 1., tiles[i].to(tl.float32))
-        new = new + (tl.where(there[:, None], tile, -float('inf')),)
+        new = new + (tl.where(exists[:, None], tile, -float('inf')),)
     return new
 
 
@@ -153,16 +155,31 @@ def _first_layer(
 
 
 @triton.jit
-def _dot(a, b, sums):
-    return tl.dot(a, b, sums, input_precision='ieee')
+def _dot(a, b, sums, PRECISION: tl.constexpr):
+    return tl.dot(a, b, sums, input_precision=PRECISION)
 
 
 @triton.jit
-def _hidden(pieces, factors, summands, P: tl.constexpr, MB: tl.constexpr, REST: tl.constexpr):
+def _hidden(pieces, factors, summands, P: tl.constexpr, MB: tl.constexpr, REST: tl.constexpr, PRECISION: tl.constexpr):
     hidden = tl.broadcast_to(summands, [P, MB])
     for i in tl.static_range(1 + (REST > 0)):
-        hidden = _dot(pieces[i], factors[i], hidden)
+        hidden = _dot(pieces[i], factors[i], hidden, PRECISION)
     return hidden
+
+
+@triton.jit
+def _relations(queries, keys, dtype: tl.constexpr, REST: tl.constexpr):
+    """Pieces (P, channels) of relu(query - key), as factors of products."""
+    pieces = ()
+    for i in tl.static_range(1 + (REST > 0)):
+        pieces = pieces + (_rectified(queries[i], keys[i]).to(dtype),)
+    return pieces
+
+
+@triton.jit
+def _grad_hidden(grad, second, hidden, P: tl.constexpr, MB: tl.constexpr, PRECISION: tl.constexpr):
+    """Gradient (P, MB) of what the second rectifier is applied to, from that of the logits (P, GB)."""
+    return tl.where(hidden > 0, _dot(grad, second, tl.zeros([P, MB], tl.float32), PRECISION), 0.)
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
@@ -171,7 +188,8 @@ def _rectified_moments(
         q_b, q_c, q_h, q_w, k_b, k_c, k_h, k_w,
         Q_UNIT: tl.constexpr, Q_V: tl.constexpr, K_UNIT: tl.constexpr, K_V: tl.constexpr,
         C: tl.constexpr, CB: tl.constexpr, REST: tl.constexpr,
-        K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, INDEX: tl.constexpr, DTYPE: tl.constexpr,
+        K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
+        DTYPE: tl.constexpr,
 ):
     start = tl.program_id(1) * places
     stop = tl.minimum(start + places, K * K)
@@ -180,18 +198,18 @@ def _rectified_moments(
         beside = tl.zeros([CB, REST], tl.float32)
         rest = tl.zeros([REST, REST], tl.float32)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        _, image, y, x, there = _rows(tile, count, height, width, P, INDEX)
+        _, image, y, x, exists = _rows(tile, count, height, width, P, INDEX)
         queries = _tiles(query, _offsets(image, y, x, q_b, q_h, q_w, Q_V), q_c, Q_UNIT, C, CB, REST)
-        queries = _with_one(queries, there, C, CB, REST)
-        seen = _offsets(image, y, x, k_b, k_h, k_w, K_V)
+        queries = _with_one(queries, exists, C, CB, REST)
+        keys_at = _offsets(image, y, x, k_b, k_h, k_w, K_V)
         for place in range(start, stop):
-            keys = _tiles(padded + _step(place, k_h, k_w, K_V, K, D), seen, k_c, K_UNIT, C, CB, REST)
+            keys = _tiles(padded + _step(place, k_h, k_w, K_V, K, D), keys_at, k_c, K_UNIT, C, CB, REST)
             a = _rectified(queries[0], keys[0]).to(DTYPE)
-            main = _dot(tl.trans(a), a, main)
+            main = _dot(tl.trans(a), a, main, PRECISION)
             if REST:
                 b = _rectified(queries[1], keys[1]).to(DTYPE)
-                beside = _dot(tl.trans(a), b, beside)
-                rest = _dot(tl.trans(b), b, rest)
+                beside = _dot(tl.trans(a), b, beside, PRECISION)
+                rest = _dot(tl.trans(b), b, rest, PRECISION)
     sums += (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * ((C + 1) * (C + 1))
     i = tl.arange(0, CB)[:, None]
     j = tl.arange(0, CB)[None, :]
@@ -211,26 +229,24 @@ def _difference_logits(
         Q_UNIT: tl.constexpr, Q_V: tl.constexpr, K_UNIT: tl.constexpr, K_V: tl.constexpr,
         C: tl.constexpr, M: tl.constexpr, G: tl.constexpr,
         CB: tl.constexpr, REST: tl.constexpr, MB: tl.constexpr, GB: tl.constexpr,
-        K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, INDEX: tl.constexpr,
+        K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):
     dtype: tl.constexpr = weight2.dtype.element_ty
-    n, image, y, x, there = _rows(tl.program_id(0), count, height, width, P, INDEX)
+    n, image, y, x, exists = _rows(tl.program_id(0), count, height, width, P, INDEX)
     queries = _tiles(query, _offsets(image, y, x, q_b, q_h, q_w, Q_V), q_c, Q_UNIT, C, CB, REST)
-    seen = _offsets(image, y, x, k_b, k_h, k_w, K_V)
+    keys_at = _offsets(image, y, x, k_b, k_h, k_w, K_V)
     factors, summands = _first_layer(folded, dtype, C, M, CB, REST, MB)
     g = tl.arange(0, GB)
     second = _matrix(weight2, tl.arange(0, MB), g, M, G, 1, M).to(dtype)
     last = tl.broadcast_to(tl.load(bias2 + g, mask=g < G, other=0.).to(tl.float32)[None, :], [P, GB])
     results = out + (n * (K * K * G))[:, None] + g[None, :]
-    keep = there[:, None] & (g < G)[None, :]
+    keep = exists[:, None] & (g < G)[None, :]
     start = tl.program_id(1) * places
     for place in range(start, tl.minimum(start + places, K * K)):
-        keys = _tiles(padded + _step(place, k_h, k_w, K_V, K, D), seen, k_c, K_UNIT, C, CB, REST)
-        pieces = ()
-        for i in tl.static_range(1 + (REST > 0)):
-            pieces = pieces + (_rectified(queries[i], keys[i]).to(dtype),)
-        hidden = _relu(_hidden(pieces, factors, summands, P, MB, REST))
-        tl.store(results + place * G, _dot(hidden.to(dtype), second, last).to(dtype), mask=keep)
+        keys = _tiles(padded + _step(place, k_h, k_w, K_V, K, D), keys_at, k_c, K_UNIT, C, CB, REST)
+        hidden = _relu(_hidden(_relations(queries, keys, dtype, REST), factors, summands, P, MB, REST, PRECISION))
+        logits = _dot(hidden.to(dtype), second, last, PRECISION)
+        tl.store(results + place * G, logits.to(dtype), mask=keep)
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
@@ -242,7 +258,7 @@ def _difference_products(
         Q_UNIT: tl.constexpr, Q_V: tl.constexpr, K_UNIT: tl.constexpr, K_V: tl.constexpr,
         C: tl.constexpr, M: tl.constexpr, G: tl.constexpr,
         CB: tl.constexpr, REST: tl.constexpr, MB: tl.constexpr, GB: tl.constexpr,
-        K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, INDEX: tl.constexpr,
+        K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):
     dtype: tl.constexpr = weight2.dtype.element_ty
     factors, summands = _first_layer(folded, dtype, C, M, CB, REST, MB)
@@ -257,27 +273,24 @@ def _difference_products(
     start = tl.program_id(1) * places
     stop = tl.minimum(start + places, K * K)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        _, image, y, x, there = _rows(tile, count, height, width, P, INDEX)
+        _, image, y, x, exists = _rows(tile, count, height, width, P, INDEX)
         queries = _tiles(query, _offsets(image, y, x, q_b, q_h, q_w, Q_V), q_c, Q_UNIT, C, CB, REST)
-        queries = _with_one(queries, there, C, CB, REST)
-        seen = _offsets(image, y, x, k_b, k_h, k_w, K_V)
-        given = _offsets(image, y, x, g_b, g_h, g_w, G_V)
-        keep = there[:, None] & (g < G)[None, :]
+        queries = _with_one(queries, exists, C, CB, REST)
+        keys_at = _offsets(image, y, x, k_b, k_h, k_w, K_V)
+        grads_at = _offsets(image, y, x, g_b, g_h, g_w, G_V)
+        keep = exists[:, None] & (g < G)[None, :]
         for place in range(start, stop):
-            keys = _tiles(padded + _step(place, k_h, k_w, K_V, K, D), seen, k_c, K_UNIT, C, CB, REST)
-            pieces = ()
-            for i in tl.static_range(1 + (REST > 0)):
-                pieces = pieces + (_rectified(queries[i], keys[i]).to(dtype),)
-            hidden = _hidden(pieces, factors, summands, P, MB, REST)
-            d = _load(grad + g_p.to(tl.int64) * place * G_V, given, g, g_c, keep, G_UNIT)
+            keys = _tiles(padded + _step(place, k_h, k_w, K_V, K, D), keys_at, k_c, K_UNIT, C, CB, REST)
+            pieces = _relations(queries, keys, dtype, REST)
+            hidden = _hidden(pieces, factors, summands, P, MB, REST, PRECISION)
+            d = _load(grad + g_p.to(tl.int64) * place * G_V, grads_at, g, g_c, keep, G_UNIT)
             grad_bias2 += d.to(tl.float32)
             d = d.to(dtype)
-            grad_hidden = _dot(d, second, tl.zeros([P, MB], tl.float32))
-            grad_hidden = tl.trans(tl.where(hidden > 0, grad_hidden, 0.).to(dtype))
-            grad_weight2 = _dot(tl.trans(d), _relu(hidden).to(dtype), grad_weight2)
+            grad_hidden = tl.trans(_grad_hidden(d, second, hidden, P, MB, PRECISION).to(dtype))
+            grad_weight2 = _dot(tl.trans(d), _relu(hidden).to(dtype), grad_weight2, PRECISION)
             new = ()
             for i in tl.static_range(1 + (REST > 0)):
-                new = new + (_dot(grad_hidden, pieces[i], products[i]),)
+                new = new + (_dot(grad_hidden, pieces[i], products[i], PRECISION),)
             products = new
     program = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
     for i in tl.static_range(1 + (REST > 0)):
@@ -289,6 +302,87 @@ def _difference_products(
     tl.store(sums_bias2 + program * G + g, tl.sum(grad_bias2, 0), mask=g < G)
 
 
+@triton.jit
+def _is_inside(y, x, height, width):
+    return (y >= 0) & (y < height) & (x >= 0) & (x < width)
+
+
+@triton.jit
+def _tiles_or(
+        base, rows, stride_c, exists, other: tl.constexpr,
+        UNIT: tl.constexpr, C: tl.constexpr, CB: tl.constexpr, REST: tl.constexpr,
+):
+    """`_tiles` with another number where a position does not exist, and beyond the channels."""
+    tiles = ()
+    for i in tl.static_range(1 + (REST > 0)):
+        c = _piece(i, CB, REST)
+        tiles = tiles + (_load(base, rows, c, stride_c, exists[:, None] & (c < C)[None, :], UNIT, other),)
+    return tiles
+
+
+@triton.jit
+def _masked_relations(queries, keys, dtype: tl.constexpr, CB: tl.constexpr, REST: tl.constexpr):
+    """`_relations`, kept for the mask of their gradients."""
+    pieces = ()
+    for i in tl.static_range(1 + (REST > 0)):
+        a = _rectified(queries[i], keys[i])
+        # Changes nothing, but keeps Triton from computing all of `a` anew for the mask.
+        a = tl.where((_piece(i, CB, REST) >= 0)[None, :], a, 0.)
+        pieces = pieces + (a.to(dtype),)
+    return pieces
+
+
+@triton.jit
+def _back(
+        back, dtype: tl.constexpr,
+        C: tl.constexpr, M: tl.constexpr, CB: tl.constexpr, REST: tl.constexpr, MB: tl.constexpr, P: tl.constexpr,
+):
+    """Sums (P, channels) of 0, and pieces (MB, channels) of the matrix (C, M) from gradients of hidden channels."""
+    sums = (tl.zeros([P, CB], tl.float32),)
+    if REST:
+        sums = sums + (tl.zeros([P, REST], tl.float32),)
+    backs = ()
+    for i in tl.static_range(1 + (REST > 0)):
+        backs = backs + (_matrix(back, tl.arange(0, MB), _piece(i, CB, REST), M, C, 1, M).to(dtype),)
+    return sums, backs
+
+
+@triton.jit
+def _correction(
+        correction, dtype: tl.constexpr, C: tl.constexpr, CB: tl.constexpr, REST: tl.constexpr,
+):
+    """Pieces (channels, channels) of a matrix (C, C + 1) with its sign changed, and its last column as rows."""
+    slopes = ()
+    constants = ()
+    for i in tl.static_range(1 + (REST > 0)):
+        c = _piece(i, CB, REST)
+        constant = -tl.load(correction + c * (C + 1) + C, mask=c < C, other=0.).to(tl.float32)
+        constants = constants + (constant[None, :],)
+        for j in tl.static_range(1 + (REST > 0)):
+            slope = _matrix(correction, _piece(j, CB, REST), c, C, C, 1, C + 1)
+            slopes = slopes + ((-slope).to(dtype),)
+    return slopes, constants
+
+
+@triton.jit
+def _with_place(
+        sums, pieces, grad_hidden, backs, slopes, constants,
+        REST: tl.constexpr, CORRECTED: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Adds to the sums the gradients of the relations `pieces` of one place, where they pass the rectifier."""
+    PIECES: tl.constexpr = 1 + (REST > 0)
+    new = ()
+    for i in tl.static_range(PIECES):
+        da = tl.zeros_like(sums[i])
+        if CORRECTED:
+            da += constants[i]
+            for j in tl.static_range(PIECES):
+                da = _dot(pieces[j], slopes[i * PIECES + j], da, PRECISION)
+        da = _dot(grad_hidden, backs[i], da, PRECISION)
+        new = new + (sums[i] + tl.where(pieces[i].to(tl.float32) > 0, da, 0.),)
+    return new
+
+
 @triton.jit(do_not_specialize=_NUMBERS)
 def _difference_input_gradient(
         grad, query, padded, out, folded, weight2, back, correction,
@@ -298,82 +392,49 @@ def _difference_input_gradient(
         Q_UNIT: tl.constexpr, Q_V: tl.constexpr, K_UNIT: tl.constexpr, K_V: tl.constexpr,
         C: tl.constexpr, M: tl.constexpr, G: tl.constexpr,
         CB: tl.constexpr, REST: tl.constexpr, MB: tl.constexpr, GB: tl.constexpr,
-        K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, INDEX: tl.constexpr,
+        K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
         OF_KEY: tl.constexpr, CORRECTED: tl.constexpr,
 ):
     """Of the query, or of the padded key, each position of which gathers from those that see it."""
     dtype: tl.constexpr = weight2.dtype.element_ty
     PIECES: tl.constexpr = 1 + (REST > 0)
     PAD: tl.constexpr = (K - 1) * D * OF_KEY
-    n, image, y, x, there = _rows(tl.program_id(0), count, height + PAD, width + PAD, P, INDEX)
-    asked = _offsets(image, y, x, q_b, q_h, q_w, Q_V)
-    seen = _offsets(image, y, x, k_b, k_h, k_w, K_V)
-    given = _offsets(image, y, x, g_b, g_h, g_w, G_V)
+    n, image, y, x, exists = _rows(tl.program_id(0), count, height + PAD, width + PAD, P, INDEX)
+    queries_at = _offsets(image, y, x, q_b, q_h, q_w, Q_V)
+    keys_at = _offsets(image, y, x, k_b, k_h, k_w, K_V)
+    grads_at = _offsets(image, y, x, g_b, g_h, g_w, G_V)
     g = tl.arange(0, GB)
-    m = tl.arange(0, MB)
     factors, summands = _first_layer(folded, dtype, C, M, CB, REST, MB)
-    second = _matrix(weight2, g, m, G, M, M, 1).to(dtype)
+    second = _matrix(weight2, g, tl.arange(0, MB), G, M, M, 1).to(dtype)
+    sums, backs = _back(back, dtype, C, M, CB, REST, MB, P)
+    slopes, constants = backs, backs  # neither is read without a correction
+    if CORRECTED:
+        slopes, constants = _correction(correction, dtype, C, CB, REST)
     if OF_KEY:
-        own = _tiles(padded, seen, k_c, K_UNIT, C, CB, REST)
+        own = _tiles(padded, keys_at, k_c, K_UNIT, C, CB, REST)
     else:
-        own = _tiles(query, asked, q_c, Q_UNIT, C, CB, REST)
-    sums = ()
-    backs = ()
-    levels = ()
-    slopes = ()
-    for i in tl.static_range(PIECES):
-        c = _piece(i, CB, REST)
-        backs = backs + (_matrix(back, m, c, M, C, 1, M).to(dtype),)
-        if i == 0:
-            sums = sums + (tl.zeros([P, CB], tl.float32),)
-        else:
-            sums = sums + (tl.zeros([P, REST], tl.float32),)
-        if CORRECTED:
-            levels = levels + (-tl.load(correction + c * (C + 1) + C, mask=c < C, other=0.).to(tl.float32)[None, :],)
-            for j in tl.static_range(PIECES):
-                slope = _matrix(correction, _piece(j, CB, REST), c, C, C, 1, C + 1)
-                slopes = slopes + ((-slope).to(dtype),)
+        own = _tiles(query, queries_at, q_c, Q_UNIT, C, CB, REST)
     for place in range(K * K):
-        inside = there
-        g_at = grad + g_p.to(tl.int64) * place * G_V
+        inside = exists
+        d_at = grad + g_p.to(tl.int64) * place * G_V
         if OF_KEY:
+            d_at -= _step(place, g_h, g_w, G_V, K, D)
+            inside = exists & _is_inside(y - place // K * D, x - place % K * D, height, width)
             others = query - _step(place, q_h, q_w, Q_V, K, D)
-            g_at -= _step(place, g_h, g_w, G_V, K, D)
-            from_y = y - place // K * D
-            from_x = x - place % K * D
-            inside = there & (from_y >= 0) & (from_y < height) & (from_x >= 0) & (from_x < width)
+            # Nothing passes the rectifier where no position sees the key.
+            queries = _tiles_or(others, queries_at, q_c, inside, -float('inf'), Q_UNIT, C, CB, REST)
+            pieces = _masked_relations(queries, own, dtype, CB, REST)
         else:
             others = padded + _step(place, k_h, k_w, K_V, K, D)
-        pieces = ()
-        for i in tl.static_range(PIECES):
-            c = _piece(i, CB, REST)
-            if OF_KEY:  # nothing passes the rectifier where no position sees the key
-                mask = inside[:, None] & (c < C)[None, :]
-                a = _rectified(_load(others, asked, c, q_c, mask, Q_UNIT, -float('inf')), own[i])
-            else:
-                a = _rectified(own[i], _load(others, seen, c, k_c, (c < C)[None, :], K_UNIT))
-            # Changes nothing, but Triton takes it for too much to compute all of `a` anew for the mask below.
-            a = tl.where((c >= 0)[None, :], a, 0.)
-            pieces = pieces + (a.to(dtype),)
-        hidden = _hidden(pieces, factors, summands, P, MB, REST)
-        d = _load(g_at, given, g, g_c, inside[:, None] & (g < G)[None, :], G_UNIT).to(dtype)
-        grad_hidden = _dot(d, second, tl.zeros([P, MB], tl.float32))
-        grad_hidden = tl.where(hidden > 0, grad_hidden, 0.).to(dtype)
-        new = ()
-        for i in tl.static_range(PIECES):
-            da = tl.zeros_like(sums[i])
-            if CORRECTED:
-                da += levels[i]
-                for j in tl.static_range(PIECES):
-                    da = _dot(pieces[j], slopes[i * PIECES + j], da)
-            da = _dot(grad_hidden, backs[i], da)
-            new = new + (sums[i] + tl.where(pieces[i].to(tl.float32) > 0, da, 0.),)
-        sums = new
+            pieces = _masked_relations(own, _tiles(others, keys_at, k_c, K_UNIT, C, CB, REST), dtype, CB, REST)
+        hidden = _hidden(pieces, factors, summands, P, MB, REST, PRECISION)
+        d = _load(d_at, grads_at, g, g_c, inside[:, None] & (g < G)[None, :], G_UNIT).to(dtype)
+        grad_hidden = _grad_hidden(d, second, hidden, P, MB, PRECISION).to(dtype)
+        sums = _with_place(sums, pieces, grad_hidden, backs, slopes, constants, REST, CORRECTED, PRECISION)
     for i in tl.static_range(PIECES):
         c = _piece(i, CB, REST)
-        at = out + (n * C)[:, None] + c[None, :]
-        result = (sums[i] * (1 - 2 * OF_KEY)).to(dtype)
-        tl.store(at, result, mask=there[:, None] & (c < C)[None, :])
+        result = (sums[i] * (1 - 2 * OF_KEY)).to(out.dtype.element_ty)
+        tl.store(out + (n * C)[:, None] + c[None, :], result, mask=exists[:, None] & (c < C)[None, :])
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
@@ -382,23 +443,24 @@ def _patch_hidden(
         k_b, k_c, k_h, k_w,
         K_UNIT: tl.constexpr, K_V: tl.constexpr,
         C: tl.constexpr, M: tl.constexpr, CB: tl.constexpr, MB: tl.constexpr,
-        K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, INDEX: tl.constexpr,
+        K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """scale, shift: (K * K, C). weight: (K * K, C, M)."""
     dtype: tl.constexpr = padded.dtype.element_ty
-    n, image, y, x, there = _rows(tl.program_id(0), count, height, width, P, INDEX)
-    seen = _offsets(image, y, x, k_b, k_h, k_w, K_V)
+    n, image, y, x, exists = _rows(tl.program_id(0), count, height, width, P, INDEX)
+    keys_at = _offsets(image, y, x, k_b, k_h, k_w, K_V)
     c = tl.arange(0, CB)
     m = tl.arange(0, MB)
     hidden = tl.zeros([P, MB], tl.float32)
     for place in range(K * K):
-        key = _load(padded + _step(place, k_h, k_w, K_V, K, D), seen, c, k_c, (c < C)[None, :], K_UNIT)
+        key = _load(padded + _step(place, k_h, k_w, K_V, K, D), keys_at, c, k_c, (c < C)[None, :], K_UNIT)
         factor = tl.load(scale + place * C + c, mask=c < C, other=0.).to(tl.float32)[None, :]
         summand = tl.load(shift + place * C + c, mask=c < C, other=0.).to(tl.float32)[None, :]
         rectified = _relu(tl.fma(key.to(tl.float32), factor, summand)).to(dtype)
-        hidden = _dot(rectified, _matrix(weight + place * (C * M), c, m, C, M, M, 1).to(dtype), hidden)
+        factors = _matrix(weight + place * (C * M), c, m, C, M, M, 1).to(dtype)
+        hidden = _dot(rectified, factors, hidden, PRECISION)
     at = out + (n * M)[:, None] + m[None, :]
-    tl.store(at, hidden.to(out.dtype.element_ty), mask=there[:, None] & (m < M)[None, :])
+    tl.store(at, hidden.to(out.dtype.element_ty), mask=exists[:, None] & (m < M)[None, :])
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
@@ -407,56 +469,54 @@ def _patch_input_gradient(
         g_b, g_c, g_h, g_w, k_b, k_c, k_h, k_w,
         G_UNIT: tl.constexpr, G_V: tl.constexpr, K_UNIT: tl.constexpr, K_V: tl.constexpr,
         C: tl.constexpr, M: tl.constexpr, CB: tl.constexpr, MB: tl.constexpr,
-        K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, INDEX: tl.constexpr,
+        K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """scale, shift: (K * K, C). weight: (K * K, M, C)."""
     dtype: tl.constexpr = padded.dtype.element_ty
     PAD: tl.constexpr = (K - 1) * D
-    n, image, y, x, there = _rows(tl.program_id(0), count, height + PAD, width + PAD, P, INDEX)
-    given = _offsets(image, y, x, g_b, g_h, g_w, G_V)
+    n, image, y, x, exists = _rows(tl.program_id(0), count, height + PAD, width + PAD, P, INDEX)
+    grads_at = _offsets(image, y, x, g_b, g_h, g_w, G_V)
     c = tl.arange(0, CB)
     m = tl.arange(0, MB)
     key = _load(padded, _offsets(image, y, x, k_b, k_h, k_w, K_V), c, k_c, (c < C)[None, :], K_UNIT).to(tl.float32)
     sums = tl.zeros([P, CB], tl.float32)
     for place in range(K * K):
-        from_y = y - place // K * D
-        from_x = x - place % K * D
-        inside = (from_y >= 0) & (from_y < height) & (from_x >= 0) & (from_x < width)
-        g_at = grad - _step(place, g_h, g_w, G_V, K, D)
-        d = _load(g_at, given, m, g_c, inside[:, None] & (m < M)[None, :], G_UNIT).to(dtype)
+        inside = _is_inside(y - place // K * D, x - place % K * D, height, width)
+        d_at = grad - _step(place, g_h, g_w, G_V, K, D)
+        d = _load(d_at, grads_at, m, g_c, inside[:, None] & (m < M)[None, :], G_UNIT).to(dtype)
         factor = tl.load(scale + place * C + c, mask=c < C, other=0.).to(tl.float32)[None, :]
         summand = tl.load(shift + place * C + c, mask=c < C, other=0.).to(tl.float32)[None, :]
         back = _matrix(weight + place * (C * M), m, c, M, C, C, 1).to(dtype)
-        grad_rectified = _dot(d, back, tl.zeros([P, CB], tl.float32))
+        grad_rectified = _dot(d, back, tl.zeros([P, CB], tl.float32), PRECISION)
         sums += tl.where(tl.fma(key, factor, summand) > 0, grad_rectified * factor, 0.)
     at = out + (n * C)[:, None] + c[None, :]
-    tl.store(at, sums.to(out.dtype.element_ty), mask=there[:, None] & (c < C)[None, :])
+    tl.store(at, sums.to(out.dtype.element_ty), mask=exists[:, None] & (c < C)[None, :])
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
 def _patch_products(
-        grad, padded, sums, scale, shift, batch, height, width, per_program, places,
+        grad, padded, sums, scale, shift, batch, positions, width, per_program, places,
         g_b, g_c, g_h, g_w, k_b, k_c, k_h, k_w,
         G_UNIT: tl.constexpr, G_V: tl.constexpr, K_UNIT: tl.constexpr, K_V: tl.constexpr,
         C: tl.constexpr, M: tl.constexpr, CB: tl.constexpr, MB: tl.constexpr,
-        K: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
+        K: tl.constexpr, D: tl.constexpr, P: tl.constexpr, INDEX: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """scale, shift: (K * K, C). sums: (programs, K * K, M, C, 2), of grad 1[z > 0]^T and grad (key 1[z > 0])^T.
 
     A program takes the same P positions of several images, for several places one after another.
     """
     dtype: tl.constexpr = padded.dtype.element_ty
-    across = tl.cdiv(height * width, P)
-    n = tl.program_id(0) % across * P + tl.arange(0, P)
-    there = n < height * width
-    n = tl.minimum(n, height * width - 1)
+    across = tl.cdiv(positions, P)
+    n = (tl.program_id(0) % across).to(INDEX) * P + tl.arange(0, P)
+    exists = n < positions
+    n = tl.minimum(n, positions - 1)
     first = tl.program_id(0) // across * per_program
     stop = tl.minimum(first + per_program, batch)
-    given = _offsets(tl.zeros([P], tl.int64), n // width, n % width, g_b, g_h, g_w, G_V)
-    seen = _offsets(tl.zeros([P], tl.int64), n // width, n % width, k_b, k_h, k_w, K_V)
+    grads_at = _offsets(tl.zeros([P], tl.int64), n // width, n % width, g_b, g_h, g_w, G_V)
+    keys_at = _offsets(tl.zeros([P], tl.int64), n // width, n % width, k_b, k_h, k_w, K_V)
     c = tl.arange(0, CB)
     m = tl.arange(0, MB)
-    keep = there[:, None] & (m < M)[None, :]
+    keep = exists[:, None] & (m < M)[None, :]
     both = tl.arange(0, 2 * CB)[None, :]
     sums += tl.program_id(0).to(tl.int64) * (K * K * M * C * 2) + m[:, None] * (C * 2) + both
     written = (m < M)[:, None] & (both < C * 2)
@@ -467,23 +527,31 @@ def _patch_products(
         keys = padded + _step(place, k_h, k_w, K_V, K, D)
         products = tl.zeros([MB, 2 * CB], tl.float32)
         for image in range(first, stop):
-            d = _load(grad + g_b.to(tl.int64) * image * G_V, given, m, g_c, keep, G_UNIT).to(dtype)
-            key = _load(keys + k_b.to(tl.int64) * image * K_V, seen, c, k_c, (c < C)[None, :], K_UNIT).to(tl.float32)
+            d = _load(grad + g_b.to(tl.int64) * image * G_V, grads_at, m, g_c, keep, G_UNIT).to(dtype)
+            key = _load(keys + k_b.to(tl.int64) * image * K_V, keys_at, c, k_c, (c < C)[None, :], K_UNIT).to(tl.float32)
             passes = tl.fma(key, factor, summand) > 0
             passing = tl.join(tl.where(passes, 1., 0.), tl.where(passes, key, 0.)).to(dtype)
-            products = _dot(tl.trans(d), tl.reshape(passing, [P, 2 * CB]), products)
+            products = _dot(tl.trans(d), tl.reshape(passing, [P, 2 * CB]), products, PRECISION)
         tl.store(sums + place * (M * C * 2), products, mask=written)
 
 
-def _steps(name: str, x: torch.Tensor) -> tuple[list[int], dict[str, Any]]:
-    """Strides of a map in steps of V numbers, and as constants whether that of the channels is 1, and V.
+class _Maps(NamedTuple):
+    """Arguments of a kernel for its maps: strides, in the order of the maps, and constants."""
 
-    The kernel multiplies by V, so that Triton knows how rows of channels are aligned.
-    """
-    strides = [stride if size > 1 else 0 for stride, size in zip(x.stride(), x.shape, strict=True)]
-    unit = strides[1] == 1 or x.shape[1] == 1
-    v = math.gcd(16 // x.element_size(), *strides[:1], *strides[2:]) if unit else 1
-    return [stride // v for stride in strides], {f'{name}_UNIT': unit, f'{name}_V': v}
+    steps: list[int]
+    constants: dict[str, Any]
+
+
+def _maps(**maps: torch.Tensor) -> _Maps:
+    """Of maps with channels along axis 1, by their prefixes in the kernel."""
+    steps: list[int] = []
+    constants: dict[str, Any] = {}
+    for name, x in maps.items():
+        unit = x.stride(1) == 1 or x.shape[1] == 1
+        layout = layout_of(x, (1,) if unit else ())
+        steps += layout.steps
+        constants |= {f'{name}_UNIT': unit, f'{name}_V': layout.factor}
+    return _Maps(steps, constants)
 
 
 def _padded(size: int) -> int:
@@ -505,8 +573,9 @@ def _tile(dtype: torch.dtype, width: int, most: int = 128) -> tuple[int, int]:
     return (most, 4) if width <= 32 else (64, 4 if width <= 64 else 8)
 
 
-def _index(count: int) -> dict[str, Any]:
-    return {'INDEX': tl.int32 if count < 2 ** 30 else tl.int64}
+def _numbers(count: int) -> dict[str, Any]:
+    """Constants: the type of numbers of positions, and how factors of float32 products are rounded."""
+    return {'INDEX': tl.int32 if count < 2 ** 30 else tl.int64, 'PRECISION': 'tf32' if allows_tf32() else 'ieee'}
 
 
 def _split(tiles: int, places: int, numbers: int) -> tuple[int, int]:
@@ -524,6 +593,7 @@ def _launch(
         constants: dict[str, Any],
         warps: int,
 ) -> None:
+    grid_of(grid[0])  # grows with the maps; axis 1 has one program, or some for the places
     with torch.cuda.device_of(tensors[0]):
         kernel[grid](*tensors, *numbers, **constants, num_warps=warps, num_stages=1)
 
@@ -542,7 +612,7 @@ def difference_memory(channels: int, hidden: int, groups: int, dtype: torch.dtyp
 
     They hold all matrices at once. This counts 193 kB for the last stage of SAN in half precision, more than any device
     has in float32, and 71 kB or less for the others in half precision. `shared_memory_per_block_optin` of
-    `torch.cuda.get_device_properties` says what there is.
+    `torch.cuda.get_device_properties` says what exists is.
     """
     c, m, g = sum(_pieces(channels).values()), _padded(hidden), _padded(groups)
     p = _tile(dtype, max(_pieces(channels)['CB'], hidden), most=64)[0]
@@ -586,13 +656,13 @@ def rectified_moments(
     programs, per_program = _split(tiles, places, (channels + 1) ** 2)
     splits = triton.cdiv(places, per_program)
     sums = query.new_empty(programs * splits, channels + 1, channels + 1, dtype=torch.float32)
-    (q_steps, q_kind), (k_steps, k_kind) = _steps('Q', query), _steps('K', padded)
+    maps = _maps(Q=query, K=padded)
     _launch(
         _rectified_moments, (programs, splits), [query, padded, sums],
-        [count, height, width, tiles, per_program, *q_steps, *k_steps],
+        [count, height, width, tiles, per_program, *maps.steps],
         {
-            **q_kind, **k_kind, 'C': channels, **pieces,
-            'K': kernel_size, 'D': dilation, 'P': p, **_index(count), 'DTYPE': _TYPES[dtype],
+            **maps.constants, 'C': channels, **pieces,
+            'K': kernel_size, 'D': dilation, 'P': p, **_numbers(count), 'DTYPE': _TYPES[dtype],
         },
         warps,
     )
@@ -631,14 +701,14 @@ def difference_logits(
         p, warps = _tile(weight2.dtype, max(pieces['CB'], hidden))
         tiles = triton.cdiv(count, p)
         per_program = triton.cdiv(places, min(places, triton.cdiv(_PROGRAMS, 4 * tiles)))
-        (q_steps, q_kind), (k_steps, k_kind) = _steps('Q', query), _steps('K', padded)
+        maps = _maps(Q=query, K=padded)
         _launch(
             _difference_logits, (tiles, triton.cdiv(places, per_program)),
             [query, padded, out, folded.contiguous(), weight2.contiguous(), bias2.contiguous()],
-            [count, height, width, per_program, *q_steps, *k_steps],
+            [count, height, width, per_program, *maps.steps],
             {
-                **q_kind, **k_kind, **_sizes(channels, hidden, groups), **pieces,
-                'K': kernel_size, 'D': dilation, 'P': p, **_index(count),
+                **maps.constants, **_sizes(channels, hidden, groups), **pieces,
+                'K': kernel_size, 'D': dilation, 'P': p, **_numbers(count),
             },
             warps,
         )
@@ -681,14 +751,14 @@ def difference_products(
         grad_weight2, grad_bias2, products = (query.new_zeros(shape, dtype=torch.float32) for shape in shapes)
         return grad_weight2, products, grad_bias2
     sums = [query.new_empty(programs * splits, *shape, dtype=torch.float32) for shape in shapes]
-    (g_steps, g_kind), (q_steps, q_kind), (k_steps, k_kind) = _steps('G', grad), _steps('Q', query), _steps('K', padded)
+    maps = _maps(G=grad, Q=query, K=padded)
     _launch(
         _difference_products, (programs, splits),
         [grad, query, padded, *sums, folded.contiguous(), weight2.contiguous()],
-        [count, height, width, tiles, per_program, *g_steps, *q_steps, *k_steps],
+        [count, height, width, tiles, per_program, *maps.steps],
         {
-            **g_kind, **q_kind, **k_kind, **_sizes(channels, hidden, groups), **pieces,
-            'K': kernel_size, 'D': dilation, 'P': p, **_index(count),
+            **maps.constants, **_sizes(channels, hidden, groups), **pieces,
+            'K': kernel_size, 'D': dilation, 'P': p, **_numbers(count),
         },
         warps,
     )
@@ -723,7 +793,7 @@ def difference_input_gradients(
     hidden, groups = len(folded), len(weight2)
     pieces = _pieces(channels)
     p, warps = _tile(weight2.dtype, max(pieces['CB'], hidden), most=64)
-    (g_steps, g_kind), (q_steps, q_kind), (k_steps, k_kind) = _steps('G', grad), _steps('Q', query), _steps('K', padded)
+    maps = _maps(G=grad, Q=query, K=padded)
     matrices = [folded, weight2, back, folded if correction is None else correction]
     outs = [_empty_map(x, channels, *x.shape[2:]) for x in (query, padded)]
     for of_key, out in enumerate(outs):
@@ -733,10 +803,10 @@ def difference_input_gradients(
         _launch(
             _difference_input_gradient, (triton.cdiv(count, p), 1),
             [grad, query, padded, out, *(x.contiguous() for x in matrices)],
-            [count, height, width, *g_steps, *q_steps, *k_steps],
+            [count, height, width, *maps.steps],
             {
-                **g_kind, **q_kind, **k_kind, **_sizes(channels, hidden, groups), **pieces,
-                'K': kernel_size, 'D': dilation, 'P': p, **_index(count),
+                **maps.constants, **_sizes(channels, hidden, groups), **pieces,
+                'K': kernel_size, 'D': dilation, 'P': p, **_numbers(count),
                 'OF_KEY': of_key, 'CORRECTED': correction is not None,
             },
             warps,
@@ -770,28 +840,28 @@ def patch_hidden(
     Returns:
         Map of shape (B, M, H, W) of the type of the keys, channels innermost in memory.
     """
-    batch, channels, height, width = _seen(padded, kernel_size, dilation)
+    batch, channels, height, width = _unpadded_shape(padded, kernel_size, dilation)
     [padded] = _innermost(padded)
     hidden, count = len(weight), batch * height * width
     out = _empty_map(padded, hidden, height, width)
     if count > 0:
         p, warps = _tile(padded.dtype, max(channels, hidden))
-        steps, kind = _steps('K', padded)
+        maps = _maps(K=padded)
         scale, shift = (_by_place(x, channels, kernel_size, (0, 2, 1)) for x in (scale, shift))
         weight = _by_place(weight.to(padded.dtype), channels, kernel_size, (2, 1, 0))
         _launch(
             _patch_hidden, (triton.cdiv(count, p), 1), [padded, out, scale, shift, weight],
-            [count, height, width, *steps],
+            [count, height, width, *maps.steps],
             {
-                **kind, 'C': channels, 'M': hidden, 'CB': _padded(channels), 'MB': _padded(hidden),
-                'K': kernel_size, 'D': dilation, 'P': p, **_index(count),
+                **maps.constants, 'C': channels, 'M': hidden, 'CB': _padded(channels), 'MB': _padded(hidden),
+                'K': kernel_size, 'D': dilation, 'P': p, **_numbers(count),
             },
             warps,
         )
     return out
 
 
-def _seen(padded: torch.Tensor, kernel_size: int, dilation: int) -> tuple[int, int, int, int]:
+def _unpadded_shape(padded: torch.Tensor, kernel_size: int, dilation: int) -> tuple[int, int, int, int]:
     """Batch, channels, and height and width of the map before it was padded."""
     batch, channels, height, width = padded.shape
     return batch, channels, height - dilation * (kernel_size - 1), width - dilation * (kernel_size - 1)
@@ -815,42 +885,52 @@ def patch_gradients(
     Returns:
         Gradients of padded, of its type and with channels innermost in memory, and of scale, shift and weight, float32.
     """
-    batch, channels, height, width = _seen(padded, kernel_size, dilation)
+    channels, hidden, places = padded.shape[1], len(weight), kernel_size ** 2
     grad, padded = _innermost(grad, padded)
-    hidden, count, places = len(weight), padded[:, 0].numel(), kernel_size ** 2
-    grad_padded = _empty_map(padded, channels, *padded.shape[2:])
     scale, shift = (_by_place(x, channels, kernel_size, (0, 2, 1)).view(places, 1, channels) for x in (scale, shift))
     by_place = _by_place(weight, channels, kernel_size, (2, 0, 1))
-    if batch == 0:
+    grad_padded = _empty_map(padded, channels, *padded.shape[2:])
+    if len(padded) == 0:
         sums = padded.new_zeros(places, hidden, channels, 2, dtype=torch.float32)
     else:
         p, warps = _tile(padded.dtype, max(channels, hidden))
-        (g_steps, g_kind), (k_steps, k_kind) = _steps('G', grad), _steps('K', padded)
+        maps = _maps(G=grad, K=padded)
         constants = {
-            **g_kind, **k_kind, 'C': channels, 'M': hidden, 'CB': _padded(channels), 'MB': _padded(hidden),
-            'K': kernel_size, 'D': dilation, 'P': p,
+            **maps.constants, 'C': channels, 'M': hidden, 'CB': _padded(channels), 'MB': _padded(hidden),
+            'K': kernel_size, 'D': dilation, 'P': p, **_numbers(padded[:, 0].numel()),
         }
         _launch(
-            _patch_input_gradient, (triton.cdiv(count, p), 1),
+            _patch_input_gradient, (triton.cdiv(padded[:, 0].numel(), p), 1),
             [grad, padded, grad_padded, scale, shift, by_place.to(padded.dtype)],
-            [count, height, width, *g_steps, *k_steps],
-            constants | _index(count),
-            warps,
+            [padded[:, 0].numel(), *grad.shape[2:], *maps.steps], constants, warps,
         )
-        across = triton.cdiv(height * width, p)
-        most = min(_PROGRAMS, _BUFFER // (places * 2 * hidden * channels)) // across
-        images = triton.cdiv(batch, max(min(batch, most), 1))
-        shares = triton.cdiv(batch, images)
-        per_program = triton.cdiv(places, min(places, triton.cdiv(_PROGRAMS, across * shares)))
-        buffer = padded.new_empty(across * shares, places, hidden, channels, 2, dtype=torch.float32)
-        _launch(
-            _patch_products, (across * shares, triton.cdiv(places, per_program)), [grad, padded, buffer, scale, shift],
-            [batch, height, width, images, per_program, *g_steps, *k_steps],
-            constants,
-            warps,
-        )
-        sums = buffer.sum(0)
+        sums = _patch_sums(grad, padded, scale, shift, maps.steps, constants, warps)
     passing, passing_keys = sums.unbind(-1)  # (K * K, M, C)
     grad_scale, grad_shift = ((x * by_place).sum(1).t().flatten() for x in (passing_keys, passing))
     grad_weight = (passing_keys * scale + passing * shift).permute(1, 2, 0)
     return grad_padded, grad_scale, grad_shift, grad_weight.reshape(weight.shape)
+
+
+def _patch_sums(
+        grad: torch.Tensor,
+        padded: torch.Tensor,
+        scale: torch.Tensor,
+        shift: torch.Tensor,
+        steps: list[int],
+        constants: dict[str, Any],
+        warps: int,
+) -> torch.Tensor:
+    """Sums over positions of grad 1[z > 0]^T and of grad (key 1[z > 0])^T, (K * K, M, C, 2)."""
+    batch, hidden, height, width = grad.shape
+    places, channels = len(scale), padded.shape[1]
+    across = triton.cdiv(height * width, constants['P'])
+    most = min(_PROGRAMS, _BUFFER // (places * 2 * hidden * channels)) // across
+    images = triton.cdiv(batch, max(min(batch, most), 1))
+    shares = triton.cdiv(batch, images)
+    per_program = triton.cdiv(places, min(places, triton.cdiv(_PROGRAMS, across * shares)))
+    buffer = padded.new_empty(across * shares, places, hidden, channels, 2, dtype=torch.float32)
+    _launch(
+        _patch_products, (across * shares, triton.cdiv(places, per_program)), [grad, padded, buffer, scale, shift],
+        [batch, height * width, width, images, per_program, *steps], constants, warps,
+    )
+    return buffer.sum(0)

@@ -1,0 +1,29 @@
+"""What the networks of all families are made of."""
+import torch.nn as nn
+from timm.models.resnet import BasicBlock, Bottleneck
+
+from timm_gsa.models.dcac import CondenserBlock
+from timm_gsa.models.san import SANBlock
+from timm_gsa.models.smlpnet import SMLPBlock
+
+# Arguments that leave one layer of each kind: compilers and exporters take seconds for each.
+LESS = {
+    'gsa_resnet_tiny': dict(attn_stages=(4,)),
+    'san_tiny_pairwise': dict(layers=(0, 1, 0, 0, 0)),
+    'san_tiny_patchwise': dict(layers=(0, 1, 0, 0, 0)),
+    'priorattn_resnet_tiny': dict(attn_stages=(4,)),
+    'smlpnet_mini': dict(depths=(1, 0, 0, 1)),
+    'dcac_mini': dict(layers=(1, 1, 1, 1)),
+}
+
+BLOCKS = (BasicBlock, Bottleneck, SANBlock, SMLPBlock, CondenserBlock)
+
+
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    return [block for block in module.modules() if isinstance(block, BLOCKS)]
+
+
+def stages_of(model: nn.Module) -> list[str]:
+    """Names of the modules that give features and hold blocks, in the order in which they run."""
+    names = [info['module'] for info in model.feature_info]
+    return [name for name in names if blocks_of(model.get_submodule(name))]
