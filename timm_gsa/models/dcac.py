@@ -128,7 +128,9 @@ class CondenserBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         condensed = self.condense(x)
         if self.downsample is not None:
-            return self.act(condensed.softmax(dim=1) * self.downsample(x))
+            wide = torch.float64 if condensed.dtype == torch.float64 else torch.float32
+            attention = condensed.softmax(dim=1, dtype=wide).to(condensed.dtype)
+            return self.act(attention * self.downsample(x))
         return self.act(self.drop_path(condensed) + x)
 
 
