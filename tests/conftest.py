@@ -28,7 +28,8 @@ TINY = tiny_models(untrained=True)
 SMALLEST = tuple(name for family in FAMILIES for name in family.smallest)
 ALL = tuple(registered_models())
 
-WRAPPERS = r'^(body|model|graph_module)\.'  # of timm's feature extractors around a model
+# Of timm's feature extractors around a model, which also call `stages.0` `stages_0`.
+WRAPPERS = r'^(body|model|graph_module)\.'
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -136,7 +137,7 @@ def create(families: dict[str, dict[str, Any]]) -> Callable[..., Any]:
         if name in families and not fresh:
             weights = trained(name)
             for key, tensor in model.state_dict().items():
-                source = weights.get(re.sub(WRAPPERS, '', key))
+                source = weights.get(re.sub(WRAPPERS, '', key).replace('stages_', 'stages.', 1))
                 if source is not None and source.shape == tensor.shape and tensor.device.type != 'meta':
                     tensor.copy_(source)
         torch.manual_seed(2)

@@ -12,7 +12,7 @@ from .blocks import LESS, blocks_of
 # of DC-AC has one block only.
 DEEP = {
     'gsa_resnet50': (16, 8), 'san19_pairwise': (19, 5), 'san19_patchwise': (19, 5), 'priorattn_resnet50': (16, 8),
-    'smlpnet_base': (38, 4), 'dcac_325mf': (8, 7),
+    'smlpnet_base': (38, 8), 'dcac_325mf': (8, 7),
 }
 
 

@@ -58,8 +58,8 @@ def prototype(name: str) -> nn.Module:
     for key, module in model.named_modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.
-        if key.endswith('.bn3'):  # timm starts it at zero
-            nn.init.constant_(module.weight, 0.2)
+            if key.endswith('.bn3'):  # timm starts it at zero
+                nn.init.constant_(module.weight, 0.2)
         elif isinstance(module, SANBlock):
             module.conv.weight.data *= 0.2
         elif isinstance(module, SMLPBlock):

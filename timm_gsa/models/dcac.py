@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.layers import DropPath, LayerType, get_act_layer, get_norm_layer
+from timm.layers import DropPath, LayerType, get_act_layer, get_norm_layer, register_notrace_function
 from timm.models import register_model
 from timm.models.resnet import Bottleneck, ResNet
 
@@ -131,8 +131,15 @@ class CondenserBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         condensed = self.condense(x)
         if self.downsample is not None:
-            return self.act(condensed.softmax(dim=1) * self.downsample(x))
+            return self.act(softmax_over_channels(condensed) * self.downsample(x))
         return self.act(self.drop_path(condensed) + x)
+
+
+@register_notrace_function  # asks for the dtype; torch.fx keeps names without an underscore only
+def softmax_over_channels(x: torch.Tensor) -> torch.Tensor:
+    """Softmax of a map (B, C, H, W) over C, computed in float32 at least, in the dtype of the map."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.softmax(dim=1, dtype=wide).to(x.dtype)
 
 
 class DCAC(ResNet):
