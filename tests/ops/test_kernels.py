@@ -103,6 +103,14 @@ class TestKernels(Interpreted):
         tensors = [x.detach().requires_grad_() for x in tensors]
         torch.library.opcheck(getattr(torch.ops.timm_gsa, f'triton_{operator}').default, tensors)
 
+    def test_what_the_interpreter_cannot_multiply_is_computed_plainly(self) -> None:
+        layer, x = GlobalSelfAttention(8, 3, num_heads=2).bfloat16(), torch.randn(1, 8, 3, 3, dtype=torch.bfloat16)
+        with timm_gsa.use_backend('triton'), torch.no_grad():
+            choices = timm_gsa.explain(torch.nn.Sequential(layer), x)['0']
+        reason = "Triton's interpreter has no products of bfloat16"
+        assert all(choice.form == 'torch' and choice.reasons['triton'] == reason for choice in choices[1:])
+        assert [choice.operation for choice in choices[1:]] == ['column_attention', 'content_and_row_attention']
+
     @pytest.mark.slow
     def test_a_whole_model_trains(self) -> None:
         model = timm.create_model('gsa_resnet_tiny', num_classes=3, img_size=32)

@@ -17,7 +17,16 @@ import torch
 
 from ..version import __version__
 
-__all__ = ['Layout', 'TooManyPrograms', 'grid_of', 'guarded', 'layout_of', 'why_not_proven', 'why_not_started']
+__all__ = [
+    'Layout',
+    'TooManyPrograms',
+    'grid_of',
+    'guarded',
+    'layout_of',
+    'why_no_products',
+    'why_not_proven',
+    'why_not_started',
+]
 
 _MOST_PROGRAMS = 2 ** 31 - 1  # of axis 0; the other axes of a grid take 65,535
 
@@ -82,6 +91,15 @@ def why_not_started(device: torch.device) -> str | None:
             triton.runtime.driver.active.get_current_target()
     except Exception as error:  # Triton raises what its parts raise
         return f'Triton does not start: {type(error).__name__}: {error}'
+    return None
+
+
+def why_no_products(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why kernels cannot multiply matrices of this dtype."""
+    if dtype == torch.float64:
+        return 'float64'
+    if dtype == torch.bfloat16 and device.type == 'cpu':
+        return "Triton's interpreter has no products of bfloat16"
     return None
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from .. import _autograd
 from .._backend import records_gradients, why_not_triton
-from .._kernels import guarded
+from .._kernels import guarded, why_no_products
 from . import plain
 from .cpu import column_flops, layer_arguments, why_not_whole
 from .query_norm import normalise_query
@@ -36,13 +36,11 @@ def why_not_attention(*tensors: torch.Tensor) -> str | None:
     reason = why_not_triton('gsa', *tensors, widest=max(query.shape[2], value.shape[2]))
     if reason is not None:
         return reason
-    if any(x.dtype == torch.float64 for x in tensors):
-        return 'float64'
     if any(x.dtype != query.dtype for x in maps):
         return 'maps of several dtypes'
     if len(maps) > 2 and any(x.shape != query.shape for x in maps):  # content: a square context for each head
         return 'maps of several shapes'
-    return None
+    return why_no_products(query.dtype, query.device) or why_no_products(tensors[-1].dtype, query.device)
 
 
 def column_attention(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -194,7 +192,7 @@ def why_not_global_attention(x: torch.Tensor, *more: Any) -> str | None:
 
 
 def _why_not_global(x: torch.Tensor, depth: int, tensors: Any) -> str | None:
-    return why_not_triton('gsa', *tensors, widest=depth) or ('float64' if x.dtype == torch.float64 else None)
+    return why_not_triton('gsa', *tensors, widest=depth) or why_no_products(x.dtype, x.device)
 
 
 def global_attention(

@@ -102,10 +102,19 @@ def _embeddings(table, first, length, dtype: tl.constexpr, DEPTH: tl.constexpr, 
 
 
 @triton.jit
-def _logits(query, embedding, B: tl.constexpr, PRECISION: tl.constexpr):
+def _zero(line):
+    """0, of which the compiler knows no value: an index that it is added to is computed for each line.
+
+    The backward kernel has no registers to hold the index through the loop over lines.
+    """
+    return tl.minimum(line, 0).to(tl.int32)
+
+
+@triton.jit
+def _logits(query, embedding, zero, B: tl.constexpr, PRECISION: tl.constexpr):
     """(B, B) from queries (B, D) and embeddings (2B, D), of which row i - x + B - 1 is that of x and i."""
     products = tl.dot(query, tl.trans(embedding), input_precision=PRECISION).to(query.dtype)
-    offset = tl.arange(0, B)[None, :] - tl.arange(0, B)[:, None] + B - 1
+    offset = tl.arange(0, B)[None, :] - tl.arange(0, B)[:, None] + B - 1 + zero
     return tl.gather(products, offset, 1)
 
 
@@ -156,7 +165,8 @@ def _attend(
                 embedding = _embeddings(table, (i - x - 1) * B + length, length, query.dtype, DEPTH, B, D)
                 values_at, inside = _rows(values, i * B, length, v_l, v_d, V_UNIT, V_V, VDEPTH, B, E, INDEX)
                 value = tl.load(values_at, mask=inside, other=0.)
-                total = tl.dot(_logits(query, embedding, B, PRECISION), value, total, input_precision=PRECISION)
+                logits = _logits(query, embedding, 0, B, PRECISION)
+                total = tl.dot(logits, value, total, input_precision=PRECISION)
             if CONTENT:
                 image = (line // (heads * across)).to(tl.int64)
                 total = _with_content(total, query, context, image, line % heads, heads, DEPTH, D, VDEPTH, E, PRECISION)
@@ -167,19 +177,15 @@ def _attend(
 
 
 @triton.jit
-def _neighbours(B: tl.constexpr):
-    """Neighbours i (B, 2B) in a block of a position x and an offset, and which are in the block."""
-    i = tl.arange(0, 2 * B)[None, :] + tl.arange(0, B)[:, None] - (B - 1)
-    return tl.minimum(tl.maximum(i, 0), B - 1), (i >= 0) & (i < B)
-
-
-@triton.jit
-def _pair_gradients(query, value, grad, embedding, neighbour, met, B: tl.constexpr, PRECISION: tl.constexpr):
+def _pair_gradients(query, value, grad, embedding, zero, B: tl.constexpr, PRECISION: tl.constexpr):
     """Gradients of the values (B, E) and of the products (B, 2B) of queries with embeddings, for a pair of blocks."""
-    logits = _logits(query, embedding, B, PRECISION)
+    logits = _logits(query, embedding, zero, B, PRECISION)
     grad_value = tl.dot(tl.trans(logits), grad, input_precision=PRECISION)
     grad_logits = tl.dot(grad, tl.trans(value), input_precision=PRECISION).to(query.dtype)
-    return grad_value, tl.where(met, tl.gather(grad_logits, neighbour, 1), 0.).to(query.dtype)
+    i = tl.arange(0, 2 * B)[None, :] + tl.arange(0, B)[:, None] - (B - 1) + zero  # of x and offset
+    inside = (i >= 0) & (i < B)
+    i = tl.minimum(tl.maximum(i, 0), B - 1)
+    return grad_value, tl.where(inside, tl.gather(grad_logits, i, 1), 0.).to(query.dtype)
 
 
 @_kernel
@@ -196,7 +202,6 @@ def _attend_backward(
     """Gradients of `each` lines. With several blocks, sums gather in memory that no other program writes to."""
     first = tl.program_id(0).to(INDEX) * each
     count = 1 if SINGLE else blocks
-    neighbour, met = _neighbours(B)
     slot = tl.arange(0, 2 * B)[:, None] * D + tl.arange(0, D)[None, :]
     workspace = partial + tl.program_id(0).to(tl.int64) * (2 * count - 1) * (2 * B * D) + slot
     grad_table = tl.zeros([2 * B, D], tl.float32)
@@ -216,7 +221,7 @@ def _attend_backward(
                 embedding = _embeddings(table, (i - x - 1) * B + length, length, query.dtype, DEPTH, B, D)
                 values_at, inside = _rows(values, i * B, length, v_l, v_d, V_UNIT, V_V, VDEPTH, B, E, INDEX)
                 value = tl.load(values_at, mask=inside, other=0.)
-                grad_value, grad_products = _pair_gradients(query, value, grad, embedding, neighbour, met, B, PRECISION)
+                grad_value, grad_products = _pair_gradients(query, value, grad, embedding, _zero(line), B, PRECISION)
                 grad_query = tl.dot(grad_products, embedding, grad_query, input_precision=PRECISION)
                 sums_at, inside = _rows(grad_values, i * B, length, dv_l, dv_d, DV_UNIT, DV_V, VDEPTH, B, E, INDEX)
                 if SINGLE:
@@ -280,22 +285,28 @@ def _tile_rows(
 @triton.jit
 def _tile_queries(
         base, image, position, head, channel, first, across, length, s_b, s_n, s_d, s_l, s_w,
-        V: tl.constexpr, B: tl.constexpr, LINES: tl.constexpr, HEADS: tl.constexpr, INDEX: tl.constexpr,
+        UNIT: tl.constexpr, V: tl.constexpr, DEPTH: tl.constexpr, B: tl.constexpr, LINES: tl.constexpr,
+        HEADS: tl.constexpr, INDEX: tl.constexpr,
 ):
     """Pointers (B, LINES) to one channel of the queries of a tile's lines, and which of them exist."""
     line = tl.arange(0, LINES).to(INDEX)
     base += image * s_b * V
-    columns = (position + line // HEADS) * s_w + (head + line % HEADS) * s_n + channel * s_d
+    columns = (position + line // HEADS) * s_w * V
+    if UNIT:
+        columns += (head + line % HEADS) * DEPTH + channel
+    else:
+        columns += ((head + line % HEADS) * s_n + channel * s_d) * V
     row = (first + tl.arange(0, B)).to(INDEX)[:, None]
     exists = (row < length) & (position + line // HEADS < across)[None, :]
-    return base + (row * s_l + columns[None, :]) * V, exists
+    return base + (row * s_l * V + columns[None, :]), exists
 
 
 @_kernel
 def _attend_narrow(
         q, v, embedding, context, scale, shift, out, heads, across, length, blocks,
         q_b, q_n, q_d, q_l, q_w, v_b, v_n, v_d, v_l, v_w, o_b, o_n, o_d, o_l, o_w,
-        Q_V: tl.constexpr, V_UNIT: tl.constexpr, V_V: tl.constexpr, O_UNIT: tl.constexpr, O_V: tl.constexpr,
+        Q_UNIT: tl.constexpr, Q_V: tl.constexpr, V_UNIT: tl.constexpr, V_V: tl.constexpr,
+        O_UNIT: tl.constexpr, O_V: tl.constexpr,
         DEPTH: tl.constexpr, E: tl.constexpr, B: tl.constexpr, LINES: tl.constexpr, HEADS: tl.constexpr,
         INDEX: tl.constexpr, CONTENT: tl.constexpr, AFFINE: tl.constexpr, PRECISION: tl.constexpr,
 ):
@@ -315,7 +326,7 @@ def _attend_narrow(
             factors = tl.load(embedding + tl.full([], 1, INDEX) * channel * padded * padded + pairs + block * B)
             queries_at, inside = _tile_queries(
                 q, image, position, head, channel, x, across, length, q_b, q_n, q_d, q_l, q_w,
-                Q_V, B, LINES, HEADS, INDEX)
+                Q_UNIT, Q_V, DEPTH, B, LINES, HEADS, INDEX)
             query = tl.load(queries_at, mask=inside, other=0.).to(tl.float32)
             part = tl.reshape(tl.dot(factors, value, input_precision=PRECISION), [B, LINES, E])
             if CONTENT:
@@ -649,11 +660,9 @@ def attend(
             sizes = _tile_sizes(query, value)
             blocks = triton.cdiv(length, _TILE)
             tiles = batch * triton.cdiv(across, sizes['LINES'] // sizes['HEADS']) * (heads // sizes['HEADS'])
-            constants = maps.constants.copy()
-            del constants['Q_UNIT']  # reads single channels
             _attend_narrow[grid_of(tiles * blocks)](
                 query, value, _embedding(table, length, query.dtype), *more, out, heads, across, length, blocks,
-                *maps.strides, **constants, **sizes, **branches,
+                *maps.strides, **maps.constants, **sizes, **branches,
             )
         else:
             lines, sizes = batch * heads * across, _line_sizes(query, value)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from .. import _autograd
 from .._backend import why_not_triton
+from .._kernels import why_no_products
 from . import plain
 from .layers import hidden_of_patches, logits_of_differences, why_not_own_parts
 from .neighbourhood import same_padding
@@ -224,10 +225,13 @@ def _why_not(dtype: torch.dtype, channels: int, hidden: int, groups: int | None,
         groups: Channels after the second one; None for a network of patches.
         tensors: What goes into it.
     """
-    reason = why_not_triton('san', *tensors)
-    if reason is None and torch.float64 in (dtype, tensors[0].dtype):
-        return 'float64'
-    return reason or _why_no_memory(tensors[0].device, dtype, channels, hidden, groups)
+    device = tensors[0].device
+    return (
+        why_not_triton('san', *tensors)
+        or why_no_products(dtype, device)
+        or why_no_products(tensors[0].dtype, device)
+        or _why_no_memory(device, dtype, channels, hidden, groups)
+    )
 
 
 @torch.compiler.assume_constant_result
