@@ -6,7 +6,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from stability import probe
 
-NAMES = ['gsa_resnet_tiny', 'san_tiny_pairwise', 'san_tiny_patchwise', 'priorattn_resnet_tiny']
+from timm_gsa.models._families import tiny_models
 
 
 def pictures(count: int = 4, size: int = 64) -> torch.Tensor:
@@ -17,10 +17,7 @@ def pictures(count: int = 4, size: int = 64) -> torch.Tensor:
     return (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), keepdim=True)
 
 
-BARE = pytest.mark.xfail(reason='its weights were trained with bare queries', strict=True)
-
-
-@pytest.mark.parametrize('name', [pytest.param(n, marks=BARE) if n == 'gsa_resnet_tiny' else n for n in NAMES])
+@pytest.mark.parametrize('name', tiny_models())
 def test_pretrained_models_are_finite_under_every_condition(name):
     model = timm.create_model(name, pretrained=True).eval()
     results = list(probe(model, pictures()))

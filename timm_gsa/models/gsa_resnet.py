@@ -135,5 +135,5 @@ def gsa_resnet_tiny(pretrained: bool = False, **kwargs: Any) -> GSAResNet:
     """A GSA-ResNet small enough to train on a CPU, for 64 px images; not from the paper."""
     model_args = dict(
         block=Bottleneck, layers=(1, 1, 1, 1), channels=(32, 64, 128, 128), stem_type='deep', stem_width=12,
-        num_heads=4, img_size=64, query_norm=None)  # as its weights were trained
+        num_heads=4, img_size=64)
     return _create_gsa_resnet('gsa_resnet_tiny', pretrained, **dict(model_args, **kwargs))

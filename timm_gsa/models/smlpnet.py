@@ -34,7 +34,7 @@ from ..layers import DepthwiseBlock, SparseMLP
 from ..ops._backend import statically_true
 from ..ops.pooling import check_map
 from ._weights import read_checkpoint
-from ._zoo import create_from_zoo, default_cfg, zoo_cfgs
+from ._zoo import cifar100_cfg, create_from_zoo, default_cfg, zoo_cfgs
 
 __all__ = ['SMLPBlock', 'SMLPNet', 'checkpoint_filter_fn']
 
@@ -433,19 +433,19 @@ def read_official(path: str | Path) -> dict[str, Any] | None:
     return state if isinstance(state, dict) else None
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return default_cfg(**{
-        'first_conv': 'stages.0.downsample', 'classifier': 'fc', 'min_input_size': (3, 32, 32), 'license': 'mit',
-        'paper_ids': 'arXiv:2109.05422', 'origin_url': 'https://github.com/microsoft/SPACH', **kwargs})
+_COMMON_CFG: dict[str, Any] = dict(
+    first_conv='stages.0.downsample', classifier='fc', min_input_size=(3, 32, 32), paper_ids='arXiv:2109.05422')
+
+
+def _cfg() -> dict[str, Any]:
+    return default_cfg(license='mit', origin_url='https://github.com/microsoft/SPACH', **_COMMON_CFG)
 
 
 default_cfgs = zoo_cfgs({
     'smlpnet_tiny.untrained': _cfg(),
     'smlpnet_small.untrained': _cfg(),
     'smlpnet_base.untrained': _cfg(),
-    'smlpnet_mini.untrained': _cfg(
-        num_classes=100, input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=1.0, interpolation='bilinear',
-        license='apache-2.0', origin_url=None),
+    'smlpnet_mini.c100': cifar100_cfg('smlpnet_mini.c100', **_COMMON_CFG),
 })
 
 
