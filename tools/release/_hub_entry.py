@@ -247,7 +247,7 @@ def outputs(model: Any, images: torch.Tensor) -> dict[str, torch.Tensor]:
     features = model.forward_features(images)
     return {
         'input': images,
-        'features': features,
+        'features': features.contiguous(),  # of sMLPNet channels_last
         'pre_logits': model.forward_head(features, pre_logits=True),
         'output': model.forward_head(features),
     }
