@@ -13,11 +13,12 @@ from huggingface_hub import ModelCard
 from timm.models import save_for_hf
 
 import timm_gsa
+from timm_gsa.models._families import tiny_models
 from timm_gsa.models._weights import ORGANIZATION
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / 'hub_configs'
-ENTRIES = ['gsa_resnet_tiny.c100', 'priorattn_resnet_tiny.c100', 'san_tiny_pairwise.c100', 'san_tiny_patchwise.c100']
+ENTRIES = [f'{name}.c100' for name in tiny_models()]
 
 pytestmark = pytest.mark.skipif(
     tuple(map(int, timm.__version__.split('.')[:3])) < (1, 0, 31),
