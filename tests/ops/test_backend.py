@@ -90,8 +90,8 @@ def test_mixing_is_an_operation_with_a_reference():
     for backend, form in (('auto', 'torch'), ('reference', 'reference'), ('cpu', 'torch')):
         with timm_gsa.use_backend(backend), torch.no_grad():
             choices = timm_gsa.explain(model, x)
-        assert [(c.operation, c.form) for each in choices.values() for c in each] == [
-            ('row_mixing', form), ('column_mixing', form)]
+        forms = [(c.operation, c.form) for each in choices.values() for c in each if c.operation.endswith('_mixing')]
+        assert forms == [('row_mixing', form), ('column_mixing', form)]
 
 
 def test_sizes_that_a_program_leaves_open_are_not_statically_true():

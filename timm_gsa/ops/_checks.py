@@ -168,10 +168,10 @@ def _derivatives(
     out = function(*leaves, *more)
     orders = [[out]]
     if count > 1:
-        cotangent = torch.linspace(-1., 1., out.numel(), dtype=torch.float64).view(out.shape).to(out)
+        cotangent = torch.linspace(-.5, 1., out.numel(), dtype=torch.float64).view(out.shape).to(out)
         orders.append(list(torch.autograd.grad(out, leaves, cotangent, create_graph=count > 2)))
     if count > 2:
-        probes = [torch.linspace(1., -1., x.numel(), dtype=torch.float64).view(x.shape).to(x) for x in orders[1]]
+        probes = [torch.linspace(1., -.5, x.numel(), dtype=torch.float64).view(x.shape).to(x) for x in orders[1]]
         total = sum((x.double() * probe.double()).sum() for x, probe in zip(orders[1], probes, strict=True))
         assert isinstance(total, torch.Tensor)
         orders.append(list(torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)))
