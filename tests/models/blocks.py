@@ -16,6 +16,9 @@ LESS = {
     'dcac_mini': dict(layers=(1, 1, 1, 1)),
 }
 
+# The same with a layer of SAN whose windows are larger than its maps.
+SHALLOW = LESS | {name: dict(layers=(0, 1, 0, 0, 1)) for name in LESS if name.startswith('san')}
+
 BLOCKS = (BasicBlock, Bottleneck, SANBlock, SMLPBlock, CondenserBlock)
 
 

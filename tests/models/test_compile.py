@@ -6,13 +6,13 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from .blocks import LESS, blocks_of
+from .blocks import LESS, SHALLOW, blocks_of
 
 # Depth of networks and the different blocks they have: in a ResNet the first of a stage and all others. The last stage
 # of DC-AC has one block only.
 DEEP = {
     'gsa_resnet50': (16, 8), 'san19_pairwise': (19, 5), 'san19_patchwise': (19, 5), 'priorattn_resnet50': (16, 8),
-    'smlpnet_base': (38, 8), 'dcac_325mf': (8, 7),
+    'smlpnet_tiny': (26, 7), 'dcac_325mf': (8, 7),
 }
 
 
@@ -69,9 +69,10 @@ def test_compiled_gradients_are_those_of_eager_mode(name, create, training):
         torch.testing.assert_close(other_buffer, buffer, msg=lambda text, key=key: f'{key}: {text}')
 
 
-def test_few_graphs_serve_all_sizes(name, create):
+@pytest.mark.parametrize('ours', SHALLOW)
+def test_few_graphs_serve_all_sizes(ours, create):
     """One for the first shape, one for other sizes, one for other batches, whether a map is larger than K or not."""
-    model = create(name, dtype=torch.float64).eval()
+    model = create(ours, dtype=torch.float64, **SHALLOW[ours]).eval()
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     counts = []

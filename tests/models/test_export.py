@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.export import Dim, export
 
-from .blocks import LESS
+from .blocks import LESS, SHALLOW
 
 
 @pytest.fixture
@@ -75,14 +75,15 @@ def test_aotinductor_package_serves_all_sizes(create, tmp_path):
         images(2, 64, 128), images(1, 97, 65), images(3, 96, 80), images(5, 80, 161))
 
 
-def test_onnx_agrees_with_the_model(model, tmp_path):
+@pytest.mark.parametrize('ours', SHALLOW)
+def test_onnx_agrees_with_the_model(ours, create, tmp_path):
     """By way of torch.export, with batch, height and width left open."""
     if torch.__version__.startswith('2.5.'):
         pytest.skip("today's onnxscript and torch 2.5 fail at timm's own ResNet")
     for package in ('onnx', 'onnxscript'):
         pytest.importorskip(package, reason='torch.onnx.export needs it')
     onnxruntime = pytest.importorskip('onnxruntime', reason='runs the exported graph')
-    path = tmp_path / 'model.onnx'
+    model, path = create(ours, num_classes=7, **SHALLOW[ours]).eval(), tmp_path / 'model.onnx'
     axes = {axis: Dim.DYNAMIC for axis in (0, 2, 3)}
     torch.onnx.export(model, (images(2),), path, dynamo=True, dynamic_shapes={'x': axes}, verbose=False)
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
