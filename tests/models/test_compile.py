@@ -144,7 +144,10 @@ def test_inductor_serves_all_sizes(ours, create, mode):
     with torch.no_grad():
         for batch, *size in ((2, 96, 80), (3, 80, 112), (2, 128, 96), (2, 97, 145), (4, 160, 64)):
             x = torch.randn(batch, 3, *size)
-            torch.testing.assert_close(compiled(x), model(x), rtol=1e-3, atol=1e-3)
+            expected = model(x)
+            # Shallow networks with the statistics of deep ones give logits of hundreds.
+            atol = 1e-4 * max(expected.abs().max().item(), 10.)
+            torch.testing.assert_close(compiled(x), expected, rtol=1e-3, atol=atol)
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
 
 

@@ -158,9 +158,9 @@ class Softmaxes(TorchDispatchMode):
 @pytest.mark.parametrize('dtype', HALVES, ids=str)
 @MODES
 @pytest.mark.parametrize('name, layer, softmaxes', [
-    ('gsa_resnet_tiny', GlobalSelfAttention, 1),
+    ('gsa_resnet_tiny', GlobalSelfAttention, 2),  # of the query and of the keys
     ('san_tiny_pairwise', PairwiseAttention, 1),
-    ('priorattn_resnet_tiny', PriorAttention, 2),  # one an axis
+    ('priorattn_resnet_tiny', PriorAttention, 2),  # one for each axis
 ])
 def test_every_softmax_is_in_float32(name, layer, softmaxes, autocast, dtype):
     model = copy.deepcopy(prototype(name)).eval()
