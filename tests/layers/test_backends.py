@@ -114,6 +114,31 @@ def test_inference(name, backend, size):
         torch.testing.assert_close(by(backend, layer, innermost), expected, rtol=1e-9, atol=1e-9)
 
 
+def outcome(backend: str, layer: nn.Module, x: torch.Tensor) -> torch.Tensor | type[Exception]:
+    try:
+        return by(backend, layer, x)
+    except Exception as error:
+        return type(error)
+
+
+@pytest.mark.parametrize('grad', [False, True])
+@pytest.mark.parametrize('train', [False, True])
+def test_parameters_of_another_dtype_do_what_they_do_in_plain_operators(name, train, grad):
+    """The same result, or an error of the same class."""
+    layer, x = make(name, train), image()
+    owners = [key for key, module in layer.named_modules() if any(True for _ in module.parameters(recurse=False))]
+    for owner in owners:
+        mixed = copy.deepcopy(layer)
+        for parameter in mixed.get_submodule(owner).parameters(recurse=False):
+            parameter.data = parameter.data.float()
+        with torch.set_grad_enabled(grad):
+            expected, actual = (outcome(backend, copy.deepcopy(mixed), x) for backend in ('torch', 'auto'))
+        if isinstance(expected, torch.Tensor):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        else:
+            assert actual is expected, owner
+
+
 @pytest.mark.parametrize('grad', [False, True])
 def test_forward_mode(name, grad):
     layer, x = make(name, False), image()

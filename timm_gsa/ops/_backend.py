@@ -276,6 +276,8 @@ def why_not_cpu(*tensors: torch.Tensor) -> str | None:
             return 'the tensors are not on a CPU'
         if x.dtype not in _WIDE:
             return f'{x.dtype} is neither float32 nor float64'
+        if x.dtype != tensors[0].dtype:
+            return f'the tensors differ in dtype: {tensors[0].dtype} and {x.dtype}'
     if torch.is_autocast_enabled('cpu'):
         return 'autocast is enabled'
     if not torch.compiler.is_compiling() and any(x.numel() == 0 for x in tensors):
