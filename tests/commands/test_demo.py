@@ -578,7 +578,7 @@ class Visit:
         act()
         self.page.wait_for_function(
             'before => { const map = document.querySelector("#maps figure img"); return map && map.src !== before }',
-            arg=before)
+            arg=before, timeout=120_000)
         self.page.wait_for_selector('#view [data-testid=status-tracker].hide', state='attached')
         self.page.wait_for_function('[...document.images].every(image => image.complete)')
 

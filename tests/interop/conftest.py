@@ -7,7 +7,7 @@ from huggingface_hub import constants
 from torch.nn import functional as F
 
 from timm_gsa import layers
-from timm_gsa.models._families import tiny_models
+from timm_gsa.models._families import family_of, tiny_models
 
 OWN = tuple(getattr(layers, name) for name in layers.__all__)
 
@@ -16,6 +16,22 @@ OWN = tuple(getattr(layers, name) for name in layers.__all__)
 def ours(request):
     """Name of a tiny model of each kind that has weights."""
     return request.param
+
+
+@pytest.fixture
+def pyramid(ours):
+    """Indices of the features of strides 4 to 32."""
+    strides = family_of(ours).strides
+    return [strides.index(stride) for stride in (4, 8, 16, 32)]
+
+
+@pytest.fixture(scope='session')
+def assert_maps_close():
+    """Asserts that maps are the same but for rounding, by the largest value of each."""
+    def assert_maps_close(maps, expected):
+        for actual, each in zip(maps, expected, strict=True):
+            torch.testing.assert_close(actual, each, rtol=1e-4, atol=1e-5 * each.abs().max().item())
+    return assert_maps_close
 
 
 @pytest.fixture(autouse=True)

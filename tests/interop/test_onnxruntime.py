@@ -10,6 +10,7 @@ LESS = {
     'san_tiny_pairwise': dict(layers=(1, 0, 0, 0, 1)),
     'san_tiny_patchwise': dict(layers=(1, 0, 0, 0, 1)),
     'priorattn_resnet_tiny': dict(attn_stages=(1, 4)),
+    'smlpnet_mini': dict(depths=(1, 0, 0, 1)),
 }
 
 

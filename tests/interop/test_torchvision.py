@@ -7,13 +7,14 @@ pytestmark = pytest.mark.interop
 
 
 @pytest.mark.parametrize('kind', ['FasterRCNN', 'RetinaNet'])
-def test_detector_trains_and_detects(ours, kind, needs, assert_own_layers_learn):
+def test_detector_trains_and_detects(ours, pyramid, kind, needs, assert_own_layers_learn):
     needs('torchvision', '`FasterRCNN` and `RetinaNet`, `BackboneWithFPN` on `features_only`: a step, boxes', ours)
     from torchvision.models import detection
     from torchvision.models.detection.anchor_utils import AnchorGenerator
     from torchvision.models.detection.backbone_utils import BackboneWithFPN
-    features = timm.create_model(ours, pretrained=True, features_only=True, out_indices=(1, 2, 3, 4))
-    levels = {name: str(level) for level, name in enumerate(features.feature_info.module_name())}  # as FasterRCNN's
+    features = timm.create_model(ours, pretrained=True, features_only=True, out_indices=pyramid)
+    names = (name.replace('.', '_') for name in features.feature_info.module_name())
+    levels = {name: str(level) for level, name in enumerate(names)}  # as FasterRCNN's
     backbone = BackboneWithFPN(features, levels, features.feature_info.channels(), out_channels=16)
     anchors = AnchorGenerator(((8,), (16,), (32,), (64,), (96,)), ((0.5, 1., 2.),) * 5)
     arguments: dict = dict(num_classes=3, min_size=64, max_size=96)
@@ -28,7 +29,7 @@ def test_detector_trains_and_detects(ours, kind, needs, assert_own_layers_learn)
     with torch.no_grad():
         torch.testing.assert_close(
             list(detector.eval().backbone.body(x).values()),
-            plain.forward_intermediates(x, indices=[1, 2, 3, 4], intermediates_only=True))
+            plain.forward_intermediates(x, indices=pyramid, intermediates_only=True))
         images = [torch.rand(3, 64, 80), torch.rand(3, 75, 64)]
         for image, found in zip(images, detector(images), strict=True):
             assert found['boxes'].shape == (10, 4) and found['labels'].shape == (10,)
@@ -42,7 +43,7 @@ def test_detector_trains_and_detects(ours, kind, needs, assert_own_layers_learn)
     assert_own_layers_learn(detector)
 
 
-def test_graph_of_features(ours, needs, record_property):
+def test_graph_of_features(ours, needs, record_property, assert_maps_close):
     needs('torchvision', '`create_feature_extractor`: two stages', ours)
     from torch.fx.proxy import TraceError
     from torchvision.models.feature_extraction import create_feature_extractor
@@ -58,4 +59,4 @@ def test_graph_of_features(ours, needs, record_property):
     x = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
         expected = model.forward_intermediates(x, indices=indices, intermediates_only=True)
-        torch.testing.assert_close(list(graph(x).values()), expected)
+        assert_maps_close(graph(x).values(), expected)

@@ -13,7 +13,6 @@ from timm_gsa.commands._inputs import PHOTOS as PACKAGED
 pytestmark = pytest.mark.interop
 
 PHOTO = PACKAGED / 'rocket.jpg'
-STAGES = [1, 2, 3, 4]
 
 
 def maps(model, images, indices=None):
@@ -36,31 +35,43 @@ def refuses(load, folder):
 
 
 def test_backbone_gives_the_models_own_maps(
-        ours, needs, control, create, tmp_path, record_property, assert_own_layers_learn):
+        ours, pyramid, needs, control, create, tmp_path, record_property, assert_own_layers_learn, assert_maps_close):
     transformers = needs('transformers', '`TimmBackbone`: feature maps, gradients', ours)
     images = torch.randn(2, 3, 64, 96)
-    expected = maps(timm.create_model(ours, pretrained=True), images, STAGES)
-    config = transformers.TimmBackboneConfig(backbone=ours, out_indices=STAGES, freeze_batch_norm_2d=True)
+    model = timm.create_model(ours, pretrained=True)
+    expected = maps(model, images, pyramid)
+    nested = '.' in model.feature_info[-1]['module']  # transformers looks for hidden states among direct children
+    config = transformers.TimmBackboneConfig(backbone=ours, out_indices=pyramid, freeze_batch_norm_2d=True)
     backbone = transformers.TimmBackbone(config, pretrained=True).eval()
     with torch.no_grad():
-        torch.testing.assert_close(list(backbone(images).feature_maps), expected, rtol=1e-4, atol=1e-4)
+        assert_maps_close(backbone(images).feature_maps, expected)
         backbone.unfreeze_batch_norm_2d()
-        output = backbone.eval()(images, output_hidden_states=True)
-        torch.testing.assert_close(list(output.feature_maps), expected)
-        torch.testing.assert_close(list(output.hidden_states)[1:], expected)
+        torch.testing.assert_close(list(backbone.eval()(images).feature_maps), expected)
+        if nested:
+            config = transformers.TimmBackboneConfig(backbone='test_convnext', out_indices=pyramid)
+            for each in (backbone, transformers.TimmBackbone(config, pretrained=False)):
+                with pytest.raises(IndexError):
+                    each.eval()(images, output_hidden_states=True)
+        else:
+            output = backbone(images, output_hidden_states=True)
+            torch.testing.assert_close(list(output.feature_maps), expected)
+            torch.testing.assert_close(list(output.hidden_states)[1:], expected)
     sum(each.square().mean() for each in backbone.train()(images).feature_maps).backward()
     assert_own_layers_learn(backbone)
 
-    plain = transformers.TimmBackbone.from_pretrained(ours, out_indices=STAGES).eval()
+    plain = transformers.TimmBackbone.from_pretrained(ours, out_indices=pyramid).eval()
     if not running_means(plain).any():  # transformers draws buffers anew after timm has loaded them
         name, shape = control
         save_file(create(name).state_dict(), tmp_path / 'control.safetensors')
         weights = dict(file=str(tmp_path / 'control.safetensors'))
         assert not running_means(
             transformers.TimmBackbone.from_pretrained(name, pretrained_cfg_overlay=weights, **shape)).any()
-        record_property(
-            'result', 'needs `freeze_batch_norm_2d=True`, then `unfreeze_batch_norm_2d()`: '
-            'otherwise it resets running statistics, also of timm\'s ResNets')
+        result = (
+            'needs `freeze_batch_norm_2d=True`, then `unfreeze_batch_norm_2d()`: '
+            "otherwise it resets running statistics, also of timm's ResNets")
+        if nested:
+            result += "; `output_hidden_states=True` fails, as for timm's ConvNeXts"
+        record_property('result', result)
     else:
         with torch.no_grad():
             torch.testing.assert_close(list(plain(images).feature_maps), expected)

@@ -1,4 +1,7 @@
 """What the networks of all families are made of."""
+from collections.abc import Iterable
+
+import pytest
 import torch.nn as nn
 from timm.models.resnet import BasicBlock, Bottleneck
 
@@ -20,6 +23,12 @@ LESS = {
 SHALLOW = LESS | {name: dict(layers=(0, 1, 0, 0, 1)) for name in LESS if name.startswith('san')}
 
 BLOCKS = (BasicBlock, Bottleneck, SANBlock, SMLPBlock, CondenserBlock)
+
+
+def one_fast(names: Iterable[str]) -> list:
+    """Parameters of a test that takes seconds for each network: all but the first run with `--slow` alone."""
+    first, *others = names
+    return [first, *(pytest.param(name, marks=pytest.mark.slow) for name in others)]
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:

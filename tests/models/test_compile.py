@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from .blocks import LESS, SHALLOW, blocks_of
+from .blocks import LESS, SHALLOW, blocks_of, one_fast
 
 # Depth of networks and the different blocks they have: in a ResNet the first of a stage and all others. The last stage
 # of DC-AC has one block only.
@@ -69,7 +69,7 @@ def test_compiled_gradients_are_those_of_eager_mode(name, create, training):
         torch.testing.assert_close(other_buffer, buffer, msg=lambda text, key=key: f'{key}: {text}')
 
 
-@pytest.mark.parametrize('ours', SHALLOW)
+@pytest.mark.parametrize('ours', one_fast(SHALLOW))
 def test_few_graphs_serve_all_sizes(ours, create):
     """One for the first shape, one for other sizes, one for other batches, whether a map is larger than K or not."""
     model = create(ours, dtype=torch.float64, **SHALLOW[ours]).eval()
@@ -96,7 +96,7 @@ def test_one_dynamic_graph_serves_all_sizes(name, create):
     assert counter.frame_count == 1
 
 
-@pytest.fixture(params=DEEP)
+@pytest.fixture(params=one_fast(DEEP))
 def deep(request, create):
     """A network of the papers, with nothing to compute, and the numbers of its blocks and of different ones."""
     return create(request.param, device='meta').eval(), *DEEP[request.param]

@@ -59,6 +59,7 @@ def test_models_are_measured_beside_a_resnet50(what, monkeypatch, capsys):
     assert all(f'| {name} |' in table for name in names)
 
 
+@pytest.mark.slow
 def test_layers_stand_beside_convolutions_and_their_products_alone(capsys):
     assert benchmark.main(['layers', '--device', 'cpu', '--batch-size', '1', '--img-size', '64', '--rounds', '1']) == 0
     rows = [line.split(' | ') for line in capsys.readouterr().out.splitlines() if ' ± ' in line]

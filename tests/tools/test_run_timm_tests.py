@@ -318,6 +318,7 @@ def test_seed_of_the_run_decides_what_a_test_draws(plugin: ModuleType) -> None:
         assert all(a != b for a, b in zip(first, other, strict=True))
 
 
+@pytest.mark.slow
 def test_what_pytest_arguments_leave_out_did_not_pass(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tool, "MINIMUM_FUNCTIONS", {(1, 0): 1})
     status, report = run(GOOD, "-k", "test_model_forward and not intermediates")
@@ -341,6 +342,7 @@ def test_case_with_an_excuse_is_left_out_and_reported(plugin: ModuleType, monkey
     assert aim.missing() == []
 
 
+@pytest.mark.slow
 def test_pytest_that_dies_is_no_pass(tool: ModuleType) -> None:
     source = "import os\nos._exit(0)\n"
     status, report = tool.run_tests({"tests/test_models.py": source.encode()}, MODELS, 0, [])

@@ -16,6 +16,8 @@ def why_not_join(layer: Any, *branches: torch.Tensor) -> str | None:
     reason = why_not_pristine(layer, {'fuse': False})
     if reason is not None:
         return reason
+    if layer.training:
+        return 'the layer is in training mode'
     if torch.compiler.is_compiling():
         return 'a compiler plans its own buffers'
     if records_gradients(*branches, layer.fuse.weight):
