@@ -38,6 +38,7 @@ class Family:
         reported_status: Source of `reported`; nothing of it was measured here.
         reported_confirmed: True if `reported` was read at the source. Tables show confirmed figures only.
         weights: Where weights of the models in `reported` come from, one sentence.
+        excused: Test functions of timm that its models cannot pass, and why.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Family:
     reported_status: str = ''
     reported_confirmed: bool = False
     weights: str = ''
+    excused: Mapping[str, str] = field(default_factory=dict)
 
 
 FAMILIES = (
@@ -94,6 +96,7 @@ FAMILIES = (
         small_stem=True,
         reported={'gsa_resnet50': 78.5, 'gsa_resnet101': 79.6},
         reported_status='recalled; an author states +1.6 over ResNet-50 for 50 layers',
+        excused={'test_headless_checkpoint_reload': 'reads no foreign checkpoints, so it has no filter'},
     ),
     Family(
         name='san',
@@ -126,6 +129,10 @@ FAMILIES = (
         reported_status="the authors' README",
         reported_confirmed=True,
         weights="the authors' file, by timm-gsa convert-san",
+        excused={
+            'test_resnetv2_stem_feature_odd_size':
+                "expects a stem that rounds odd sizes up; SAN's is the authors' max pool, which rounds down",
+        },
     ),
     Family(
         name='priorattn_resnet',
@@ -147,6 +154,7 @@ FAMILIES = (
         small_stem=True,
         reported={'priorattn_resnet152': 80.0},
         reported_status='derived from the claim of +0.9 over AA-ResNet-152',
+        excused={'test_headless_checkpoint_reload': 'reads no foreign checkpoints, so it has no filter'},
     ),
     Family(
         name='smlpnet',
@@ -178,6 +186,15 @@ FAMILIES = (
         reported_status="the authors' README",
         reported_confirmed=True,
         weights="the authors' file, by timm-gsa convert-smlpnet",
+        excused={
+            'test_forward_after_prune_intermediate_layers':
+                "expects the last map to be the features; between them sMLPNet has the authors' norm, which "
+                'forward_intermediates(norm=True) puts into the map',
+            'test_model_features_output_stride':
+                'a mixing matrix belongs to the positions of one stride: output_stride is an error that says so',
+            'test_resnetv2_stem_feature_odd_size':
+                'expects a map of stride 2; sMLPNet begins with patches of 4 x 4 pixels',
+        },
     ),
     Family(
         name='dcac',
@@ -200,6 +217,11 @@ FAMILIES = (
         ),
         ours='`output_stride`, stochastic depth, `dcac_mini`; AttendNet-A and -B are unpublished and cannot be rebuilt',
         attention=False,
+        excused={
+            'test_reset_classifier_keeps_pool':
+                'tells pools apart by features of a fresh network in eval mode, where each gate of DC-AC divides by '
+                "its number of channels: they are below 1e-12, the test's tolerance is 1e-8",
+        },
     ),
 )
 

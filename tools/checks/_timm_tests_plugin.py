@@ -6,11 +6,12 @@ over a few named timm models. Before they are collected, this plugin
 * limits `timm.list_models` and `timm.list_pretrained` to our models; a `module=` filter that includes timm's `resnet`
   includes ours, because such a filter selects models with features that all of ours have;
 * replaces the models of general tests that name a few timm models by ours (`AIMED`, `BODY`);
-* deselects tests that do not apply to our models, each with its reason (`NOT_OURS`, `EXCUSED`);
+* deselects tests that do not apply to our models, each with its reason (`NOT_OURS`, and `excused` of a
+  family's record);
 * seeds every test from its name and the seed of the run, so that a failure can be repeated;
 * writes the outcome of every case, and missing decisions, to a report for `run_timm_tests.py`.
 
-Only the five tables below change or leave out a test of timm.
+Only the four tables below and the records of families change or leave out a test of timm.
 """
 
 from __future__ import annotations
@@ -91,25 +92,6 @@ NOT_OURS: dict[str, str] = {
     "test_vit_*": "the encoders of timm's vision transformers",
 }
 
-# Test functions that do not apply to models whose names match the pattern, and why. Any other case that is skipped,
-# fails or does not run fails the whole run.
-EXCUSED: dict[tuple[str, str], str] = {
-    ("test_forward_after_prune_intermediate_layers", "smlpnet*"):
-        "expects the last map to be the features, as it is without a norm between them; sMLPNet has the authors' norm "
-        "there, which forward_intermediates(norm=True) puts into the map",
-    ("test_headless_checkpoint_reload", "gsa_resnet*"): "reads no foreign checkpoints, so it has no filter",
-    ("test_headless_checkpoint_reload", "priorattn_resnet*"): "reads no foreign checkpoints, so it has no filter",
-    ("test_model_features_output_stride", "smlpnet*"):
-        "a mixing matrix belongs to the positions of a map of one stride; output_stride is an error that says so",
-    ("test_reset_classifier_keeps_pool", "dcac*"):
-        "tells pools apart by features of a fresh network in eval mode, where each gate of DC-AC divides by its number "
-        "of channels: they are below 1e-12, the test's tolerance is 1e-8",
-    ("test_resnetv2_stem_feature_odd_size", "smlpnet*"):
-        "expects a map of stride 2; sMLPNet begins with patches of 4 x 4 pixels",
-    ("test_resnetv2_stem_feature_odd_size", "san*"):
-        "expects a stem that rounds odd sizes up; SAN's is the authors' max pool, which rounds down",
-}
-
 
 def our_models() -> list[str]:
     """Return the registered names whose entry point lives in our package."""
@@ -125,11 +107,10 @@ def reason_not_ours(function: str) -> str | None:
 
 
 def reason_excused(function: str, model: str) -> str | None:
-    """The reason of `EXCUSED` for a test function and a model, or None."""
-    for (excused, pattern), reason in EXCUSED.items():
-        if excused == function and fnmatch.fnmatchcase(model, pattern):
-            return reason
-    return None
+    """Why a model does not pass a test function, by the record of its family, or None."""
+    from timm_gsa.models._families import family_of
+
+    return family_of(model).excused.get(function)
 
 
 def _narrowed(listing: Callable[..., list[str]], models: Sequence[str]) -> Callable[..., list[str]]:
