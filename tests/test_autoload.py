@@ -330,6 +330,7 @@ def test_torch_and_timm_import_when_the_package_does_not(bare, target, tmp_path)
     assert "RuntimeError: broken on purpose" in done.stderr
 
 
+@pytest.mark.slow
 def test_editable_install_knows_the_models_and_survives_the_loss_of_its_checkout(tmp_path):
     checkout = tmp_path / "checkout"
     checkout.mkdir()
@@ -367,6 +368,7 @@ if __name__ == "__main__":
     run(installed, "main.py", cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_models_are_known_to_both_ranks_of_torchrun(installed, tmp_path):
     write(tmp_path, {"main.py": """
 import timm, torch, torch.distributed as dist

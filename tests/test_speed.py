@@ -49,6 +49,7 @@ def seconds(run):
     return time.process_time() - start
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('group', GUARDED)
 def test_faster_and_smaller_than_the_plain_formulation(group):
     faster, smaller = GUARDED[group]

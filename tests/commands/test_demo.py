@@ -29,7 +29,10 @@ from PIL import Image, ImageFile
 from timm_gsa.commands import main
 from timm_gsa.commands._inputs import PHOTOS
 
-MAPS = {'gsa_resnet_tiny': 8, 'san_tiny_pairwise': 5, 'san_tiny_patchwise': 5, 'priorattn_resnet_tiny': 3}
+MAPS = {
+    'gsa_resnet_tiny': 8, 'san_tiny_pairwise': 5, 'san_tiny_patchwise': 5, 'priorattn_resnet_tiny': 3,
+    'smlpnet_mini': 8,
+}
 FASTEST = 'priorattn_resnet_tiny'
 BROWSERS = ('chromium', 'chromium-browser', 'google-chrome')
 BROWSER_ARGUMENTS = (
@@ -692,7 +695,7 @@ def test_page_draws_what_the_clicked_pixel_attends_to(visit, demo):
 @pytest.mark.interop
 def test_page_shows_every_model_at_the_same_place(visit, demo):
     visit.click(0.48, 0.45)
-    for model in ('san_tiny_pairwise', 'priorattn_resnet_tiny', 'san_tiny_patchwise', 'gsa_resnet_tiny'):
+    for model in (*list(MAPS)[1:], 'gsa_resnet_tiny'):
         before = visit.picture('#maps')
         visit.choose(model)
         assert len(visit.maps()) == MAPS[model]

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-pytestmark = pytest.mark.interop
+pytestmark = [pytest.mark.interop, pytest.mark.slow]
 
 # A layer of attention takes seconds to export: those at the first and the last stride.
 LESS = {

@@ -223,6 +223,7 @@ def peak(run):
     return most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('change', CHANGES[:8])  # a compiler refuses backward hooks
 def test_compiled_training_of_layers_changed_by_hand_takes_the_general_path(layer, change):
     x = images(2, 6, 6)

@@ -75,7 +75,8 @@ def test_one_graph_for_all_sizes(layer):
 
 
 @pytest.mark.parametrize(('mode', 'change'), [
-    *((eager, change) for change in CHANGES), *((compiled, change) for change in CHANGES[:8])])
+    *((eager, change) for change in CHANGES),
+    *(pytest.param(compiled, change, marks=pytest.mark.slow) for change in CHANGES[:8])])
 @pytest.mark.filterwarnings('ignore:.*weight_norm', 'ignore:.*spectral_norm')
 def test_layers_changed_by_hand_take_the_general_path(layer, mode, change):
     change(layer)

@@ -42,7 +42,7 @@ def test_one_graph_in_eval(name, create):
 
 
 def test_one_graph_in_training_under_autocast(name, create):
-    model = create(name, num_classes=7, drop_rate=0.1, drop_path_rate=0.1).train()
+    model = create(name, num_classes=7, drop_rate=0.1, drop_path_rate=0.1, **SHALLOW.get(name, {})).train()
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     with torch.autocast('cpu', dtype=torch.bfloat16):
@@ -52,13 +52,14 @@ def test_one_graph_in_training_under_autocast(name, create):
 
 
 def test_nothing_breaks_the_graph(ours, create):
-    explained = torch._dynamo.explain(create(ours).train())(torch.randn(2, 3, 64, 64))
+    explained = torch._dynamo.explain(create(ours, **SHALLOW[ours]).train())(torch.randn(2, 3, 64, 64))
     assert (explained.graph_count, explained.graph_break_count, explained.break_reasons) == (1, 0, [])
 
 
 @pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
 def test_compiled_gradients_are_those_of_eager_mode(name, create, training):
-    model, other = (create(name, num_classes=7, dtype=torch.float64).train(training) for _ in range(2))
+    shape = SHALLOW.get(name, {})
+    model, other = (create(name, num_classes=7, dtype=torch.float64, **shape).train(training) for _ in range(2))
     compiled = torch.compile(other, backend='aot_eager', fullgraph=True)
     x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
     (out, grads), (compiled_out, compiled_grads) = gradients(model, x), gradients(compiled, x)
@@ -87,7 +88,7 @@ def test_few_graphs_serve_all_sizes(ours, create):
 @pytest.mark.skipif(torch.__version__.startswith('2.5.'), reason="torch 2.5 compiles timm's ResNets more often too")
 def test_one_dynamic_graph_serves_all_sizes(name, create):
     """Where height and width differ at first; torch takes them for one number, and compiles anew, where they agree."""
-    model = create(name, device='meta').eval()
+    model = create(name, device='meta', **SHALLOW.get(name, {})).eval()
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
     with torch.no_grad():

@@ -15,6 +15,11 @@ def model(name, create):
     return create(name, num_classes=7).eval()
 
 
+@pytest.fixture
+def shallow(name, create):
+    return create(name, num_classes=7, **SHALLOW.get(name, {})).eval()
+
+
 def images(batch, height=64, width=64):
     return torch.randn(batch, 3, height, width)
 
@@ -22,31 +27,33 @@ def images(batch, height=64, width=64):
 def assert_same(model, other, *inputs):
     with torch.no_grad():
         for x in inputs:
-            torch.testing.assert_close(other(x), model(x), rtol=1e-3, atol=1e-3)
+            expected = model(x)
+            # Shallow networks with the statistics of deep ones give logits of hundreds.
+            torch.testing.assert_close(other(x), expected, rtol=1e-3, atol=1e-4 * max(expected.abs().max().item(), 10.))
 
 
 @pytest.mark.parametrize('strict', [True, False], ids=['strict', 'not strict'])
-def test_export_with_dynamic_batch(model, strict):
+def test_export_with_dynamic_batch(shallow, strict):
     batch = {'x': {0: Dim('batch', min=1, max=64)}}
-    program = export(model, (images(2),), strict=strict, dynamic_shapes=batch)
-    assert_same(model, program.module(), images(1), images(3))
+    program = export(shallow, (images(2),), strict=strict, dynamic_shapes=batch)
+    assert_same(shallow, program.module(), images(1), images(3))
 
 
-def test_export_with_dynamic_size_from_the_size_the_model_is_built_for(model):
+def test_export_with_dynamic_size_from_the_size_the_model_is_built_for(shallow):
     if torch.__version__.startswith('2.5.'):
         pytest.skip('torch 2.5 has no Dim.DYNAMIC')
     axes = {axis: Dim.DYNAMIC for axis in (0, 2, 3)}
-    program = export(model, (images(2),), strict=False, dynamic_shapes={'x': axes})
+    program = export(shallow, (images(2),), strict=False, dynamic_shapes={'x': axes})
     assert_same(
-        model, program.module(),
+        shallow, program.module(),
         images(2), images(3, 96, 64), images(2, 80, 112), images(1, 64, 97), images(1, 264, 264))
 
 
-def test_exported_program_survives_a_file(model):
+def test_exported_program_survives_a_file(shallow):
     file = io.BytesIO()
-    torch.export.save(export(model, (images(2),), strict=False), file)
+    torch.export.save(export(shallow, (images(2),), strict=False), file)
     file.seek(0)
-    assert_same(model, torch.export.load(file).module(), images(2))
+    assert_same(shallow, torch.export.load(file).module(), images(2))
 
 
 class SideBySide(nn.Module):

@@ -265,6 +265,7 @@ def test_import_leaves_the_kernels_alone() -> None:
 # What they are compiled to
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize(("capability", "kernel_size", "layout", "order", "dtype", "access"), [

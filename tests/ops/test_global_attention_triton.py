@@ -177,6 +177,7 @@ def test_exported_programs_hold_no_operator_of_ours(on_a_gpu: None) -> None:
 
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.slow
 @pytest.mark.parametrize(("depth", "size"), [(8, 56), (16, 56), (16, 28), (32, 14), (64, 7), (32, 40)])
 def test_compiled_for_a_gpu_they_keep_what_they_need_in_registers(
         depth: int,

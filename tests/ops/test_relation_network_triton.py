@@ -213,7 +213,7 @@ def test_compiled_for_a_gpu_they_keep_their_sums_in_registers(
 @pytest.mark.parametrize(("dtype", "channels", "hidden", "groups", "served"), [
     (torch.bfloat16, 18, 16, 8, True),
     pytest.param(torch.bfloat16, 130, 128, 64, True, marks=pytest.mark.slow),
-    (torch.float32, 34, 32, 16, True),
+    pytest.param(torch.float32, 34, 32, 16, True, marks=pytest.mark.slow),
     (torch.float32, 130, 128, 64, False),
 ])
 def test_shared_memory_is_what_they_say(

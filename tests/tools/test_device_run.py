@@ -38,6 +38,7 @@ def test_every_step_leaves_its_results(tmp_path):
     assert 'all right' in run.stdout and '| priorattn_resnet_tiny |' in run.stdout
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_leaves_the_others_their_time_and_none_runs_beyond_it(tmp_path):
     shim = tmp_path / 'python'
     shim.write_text(

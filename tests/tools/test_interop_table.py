@@ -135,6 +135,8 @@ def test_library(library, record_property):
 def test_other():
     raise AssertionError
 """)
+    (tmp_path / 'conftest.py').write_text(
+        "def pytest_addoption(parser):\n    parser.addoption('--slow', action='store_true')\n")
     monkeypatch.setattr(interop_table, 'ROOT', tmp_path)
     return tmp_path
 

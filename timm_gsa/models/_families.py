@@ -175,7 +175,7 @@ FAMILIES = (
             'parameters and costs'
         ),
         ours='images of another size than 224 and another aspect ratio, `smlpnet_mini`',
-        attention=False,
+        attention=True,
         sized=True,
         strides=(4, 8, 16, 32),
         output_strides=(32,),

@@ -1,9 +1,9 @@
 """Print the table of other libraries in tests/interop/README.md from a run of the tests, or check or renew it.
 
-    python tools/checks/interop_table.py                    # run `pytest -m interop`, print
+    python tools/checks/interop_table.py                    # run `pytest --slow -m interop`, print
     python tools/checks/interop_table.py --check            # ... exit 1 if the file differs in more than versions
     python tools/checks/interop_table.py --write            # ... put the table into the file
-    python tools/checks/interop_table.py --junit FILE ...   # from the report of `pytest -m interop --junitxml=FILE`
+    python tools/checks/interop_table.py --junit FILE ...   # from the report of that, by --junitxml=FILE
 
 A test names its row by `record`. Tests with equal cells share a row; tests without a row count only if they fail. Tests
 whose library does not work untouched set the property `result` to what is needed.
@@ -96,10 +96,10 @@ def without_versions(text: str) -> str:
 def _run_tests(folder: Path) -> Path:
     """Run the tests and return their report, a file in `folder`. Raises ReportError if they fail."""
     report = folder / 'interop.xml'
-    command = [sys.executable, '-m', 'pytest', '-m', 'interop', f'--junitxml={report}']
+    command = [sys.executable, '-m', 'pytest', '--slow', '-m', 'interop', f'--junitxml={report}']
     status = subprocess.run(command, cwd=ROOT, stdout=sys.stderr).returncode
     if status:
-        raise ReportError(f'pytest -m interop ended with status {status}')
+        raise ReportError(f'pytest --slow -m interop ended with status {status}')
     return report
 
 
