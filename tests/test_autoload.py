@@ -346,6 +346,7 @@ def test_editable_install_knows_the_models_and_survives_the_loss_of_its_checkout
     assert done.stderr.startswith(WARNING) and "No module named 'timm_gsa'" in done.stderr
 
 
+@pytest.mark.slow
 def test_models_are_known_in_spawned_data_loader_workers(installed, tmp_path):
     write(tmp_path, {
         "data.py": """

@@ -34,9 +34,10 @@ def compiled(module):
 
 
 both = pytest.mark.parametrize('mode', [eager, compiled])
+eager_fast = pytest.mark.parametrize('mode', [eager, pytest.param(compiled, marks=pytest.mark.slow)])
 
 
-@both
+@eager_fast
 @pytest.mark.parametrize('channels_last', [False, True])
 @pytest.mark.parametrize('shape', [(1, 1, 1), (2, 2, 7), (3, 11, 6)])
 def test_agrees_with_the_general_path(layer, mode, shape, channels_last):
@@ -50,7 +51,7 @@ def test_agrees_with_the_general_path(layer, mode, shape, channels_last):
         assert out.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-@both
+@eager_fast
 @pytest.mark.parametrize('kind', [PairwiseAttention, PatchwiseAttention])
 @pytest.mark.parametrize('window', [(1, 1), (3, 4), (7, 2)])
 def test_windows_of_every_kind(kind, mode, window):

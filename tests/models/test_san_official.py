@@ -165,6 +165,7 @@ def test_reduced_networks_agree_with_the_authors(group: str, mode: str) -> None:
     assert_agrees(group, mode, results(group, mode, torch.float64), torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("group", "mode"), modes(TINY))
 def test_reduced_networks_agree_with_the_authors_in_single_precision(group: str, mode: str) -> None:
     """As far as rounding lets them: which of two nearly equal numbers a pool or ReLU passes on differs by machine."""

@@ -21,6 +21,7 @@ from ..ops.triton_runs import needs_cuda, needs_triton
 CPU = torch.device('cpu')
 
 
+@pytest.mark.slow
 def test_operations_are_measured_against_their_plain_formulations(tmp_path, capsys):
     report = tmp_path / 'report.json'
     arguments = ['operations', '--device', 'cpu', '--only', '7 x 7', '--batch-size', '1', '--rounds', '2']
