@@ -216,7 +216,7 @@ FAMILIES = (
             'and names'
         ),
         ours='`output_stride`, stochastic depth, `dcac_mini`; AttendNet-A and -B are unpublished and cannot be rebuilt',
-        attention=False,
+        attention=True,
         excused={
             'test_reset_classifier_keeps_pool':
                 'tells pools apart by features of a fresh network in eval mode, where each gate of DC-AC divides by '
