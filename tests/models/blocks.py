@@ -2,6 +2,7 @@
 from collections.abc import Iterable
 
 import pytest
+import torch
 import torch.nn as nn
 from timm.models.resnet import BasicBlock, Bottleneck
 
@@ -29,6 +30,11 @@ def one_fast(names: Iterable[str]) -> list:
     """Parameters of a test that takes seconds for each network: all but the first run with `--slow` alone."""
     first, *others = names
     return [first, *(pytest.param(name, marks=pytest.mark.slow) for name in others)]
+
+
+def assert_logits_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Shallow networks with the statistics of deep ones give logits of hundreds: the tolerance follows their size."""
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4 * max(expected.abs().max().item(), 10.))
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:
