@@ -54,7 +54,7 @@ def test_classify_names_the_files_it_cannot_read_and_classifies_the_others(class
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (['--model', 'gsa_resnet50'], 'gsa_resnet_tiny.c100'),
+    (['--model', 'gsa_resnet26'], 'gsa_resnet_tiny.c100'),
     (['--model', 'no_such_model'], 'no_such_model'),
     (['--top-k', '0'], 'at least 1'),
 ])

@@ -533,7 +533,7 @@ def test_options_that_cannot_be_served_are_refused(demo, monkeypatch, capsys, tm
 
     assert 'from 1 to 65535' in refused('--port', '0')
     assert 'no_such_model' in refused('--model', 'no_such_model')
-    assert 'gsa_resnet_tiny.c100' in refused('--model', 'san_tiny_pairwise', '--model', 'gsa_resnet50')
+    assert 'gsa_resnet_tiny.c100' in refused('--model', 'san_tiny_pairwise', '--model', 'gsa_resnet26')
     for name in ('GRADIO_TEMP_DIR', 'no_proxy', 'NO_PROXY'):
         monkeypatch.setenv(name, 'restored at the end')
     monkeypatch.setattr(signal, 'signal', lambda *_: None)

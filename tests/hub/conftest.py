@@ -1,4 +1,4 @@
-"""A Hub on this machine with the tiny entries, and the real client configured for it."""
+"""A Hub on this machine with the entries of the package, and the real client configured for it."""
 import importlib.util
 import os
 import sys
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from timm_gsa.models._families import tiny_models
+from timm_gsa.models._zoo import entries
 
-ENTRIES = tuple(f'{arch}.c100' for arch in tiny_models())
+ENTRIES = tuple(entries())
 
 
 @pytest.fixture(scope='session')
@@ -37,7 +37,7 @@ def entry_files():
 
 @pytest.fixture
 def hub(hub_module, entry_files):
-    """A Hub on a free port of this machine, with the tiny entries."""
+    """A Hub on a free port of this machine, with the entries of the package."""
     from timm_gsa.models._weights import ORGANIZATION
     with hub_module.Hub() as hub:
         for entry, content in entry_files.items():

@@ -14,7 +14,7 @@ import torch
 import verify_hub
 
 import timm_gsa  # noqa: F401
-from timm_gsa.models._families import tiny_models
+from timm_gsa.models._zoo import entries
 
 pytestmark = pytest.mark.skipif(
     int(huggingface_hub.__version__.partition('.')[0]) < 2, reason='a maintainer publishes with a client of today')
@@ -62,7 +62,7 @@ def test_publishes_all_files_in_one_commit_and_nothing_the_second_time(hub, publ
 
 def test_publishes_all_entries_under_another_name_in_private(hub, publish):
     status, out, _ = publish('--org', 'someone', '--private')
-    assert status == 0 and len(out.splitlines()) == len(hub.repositories) == len(tiny_models())
+    assert status == 0 and len(out.splitlines()) == len(hub.repositories) == len(entries())
     for name, repository in hub.repositories.items():
         assert name.startswith('someone/') and repository.private
         card = repository.read('README.md').decode()
@@ -147,7 +147,7 @@ def test_commit_in_between_is_not_overwritten(hub, publish):
 def test_one_entry_that_fails_does_not_stop_the_others(hub, publish):
     hub.publish(REPO, {'config.json': b'{"architecture": "resnet50"}'})
     status, out, err = publish()
-    assert status == 1 and out.count('published at') == len(tiny_models()) - 1 and err.count('FAILED') == 1
+    assert status == 1 and out.count('published at') == len(entries()) - 1 and err.count('FAILED') == 1
 
 
 @pytest.mark.parametrize('name', ['README.md', 'config.json', 'model.safetensors'])

@@ -8,7 +8,8 @@ import safetensors.torch
 import timm
 import torch
 
-from timm_gsa.models._families import FAMILIES, family_of, tiny_models
+from timm_gsa.models._families import FAMILIES, family_of, tiny_models, trained_models
+from timm_gsa.models._zoo import entries
 
 FILES = tuple(family.name for family in FAMILIES)
 
@@ -50,10 +51,10 @@ def test_filters_of_list_models():
 
 
 def test_models_with_weights_are_known_as_such(registered):
-    pretrained = registered in tiny_models()
-    assert timm.is_model_pretrained(registered) == pretrained
-    assert timm.list_pretrained(f'{registered}.*') == ([f'{registered}.c100'] if pretrained else [])
-    assert (f'{registered}.c100' in timm.list_models(pretrained=True)) == pretrained
+    assert timm.is_model_pretrained(registered) == (registered in tiny_models())
+    assert timm.list_pretrained(f'{registered}.*') == sorted(entries(registered))
+    assert set(entries(registered)) <= set(timm.list_models(pretrained=True))
+    assert bool(entries(registered)) == (registered in trained_models())
 
 
 def test_a_tag_may_follow_the_name(registered, create):

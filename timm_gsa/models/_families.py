@@ -5,9 +5,9 @@ Adding a family is its model file with the layer and operation files it needs, a
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from timm.models import is_model_pretrained
+from timm.models import is_model_pretrained, list_pretrained
 
-__all__ = ['FAMILIES', 'Family', 'family_of', 'tiny_models']
+__all__ = ['FAMILIES', 'Family', 'family_of', 'tiny_models', 'trained_models']
 
 
 @dataclass(frozen=True)
@@ -250,3 +250,15 @@ def tiny_models(attention: bool = False, untrained: bool = False) -> tuple[str, 
     """
     names = (name for family in FAMILIES if family.attention or not attention for name in family.tiny)
     return tuple(name for name in names if untrained or is_model_pretrained(name))
+
+
+def trained_models(attention: bool = False) -> tuple[str, ...]:
+    """Names of the architectures of all families that have weights in the package; models of the papers come first.
+
+    Args:
+        attention: Leave out families that have no attention to show.
+    """
+    names = dict.fromkeys(
+        entry.partition('.')[0]
+        for family in FAMILIES if family.attention or not attention for entry in list_pretrained(f'{family.prefix}*'))
+    return tuple(sorted(names, key=lambda name: name in family_of(name).tiny))

@@ -52,7 +52,7 @@ def recorded(entry: str) -> dict[str, Any]:
 
 def hub_id(entry: str) -> str:
     """Repository of an entry on the Hub, with the pinned commit once the weights are published."""
-    revision = recorded(entry).get('revision')
+    revision = _results(entry.partition('.')[2]).get(entry, {}).get('revision')
     return f'{ORGANIZATION}/{entry}' + (f'@{revision}' if revision else '')
 
 

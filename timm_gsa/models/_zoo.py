@@ -4,13 +4,24 @@ from typing import Any, TypeVar
 
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs
 from timm.models._builder import _resolve_pretrained_source, resolve_pretrained_cfg
 
 from ._cifar100 import CIFAR100_LABELS, CIFAR100_MEAN, CIFAR100_STD
+from ._tiny_imagenet import TINY_IMAGENET_LABELS, TINY_IMAGENET_WNIDS
 from ._weights import checked, fetch_weights, hub_id
 
-__all__ = ['SMALL_STEM', 'SMALL_STEM_SIZE', 'cifar100_cfg', 'check_stem', 'create_from_zoo', 'default_cfg', 'zoo_cfgs']
+__all__ = [
+    'SMALL_STEM',
+    'SMALL_STEM_SIZE',
+    'check_stem',
+    'cifar100_cfg',
+    'create_from_zoo',
+    'default_cfg',
+    'entries',
+    'tiny_imagenet_cfg',
+    'zoo_cfgs',
+]
 
 SMALL_STEM = 'small'  # `stem_type` without the first two downsamplings
 SMALL_STEM_SIZE = 32  # side of the images that it is made for, in pixels
@@ -34,15 +45,33 @@ def default_cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-def cifar100_cfg(name: str, **kwargs: Any) -> dict[str, Any]:
-    """Pretrained config of the entry `name` (arch.tag), trained on CIFAR-100 at 64 px, with weights in the package.
+def _packaged_cfg(name: str, **kwargs: Any) -> dict[str, Any]:
+    """Pretrained config of the entry `name` (arch.tag), trained at 64 px, with weights in the package.
 
     timm loads the file. `pretrained_cfg_overlay=dict(file=None)` makes it load the same bytes from the Hub.
     """
     return default_cfg(
         file=str(files('timm_gsa') / 'weights' / f'{name}.safetensors'), hf_hub_id=hub_id(name),
-        num_classes=100, input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=1.0, interpolation='bilinear',
-        mean=CIFAR100_MEAN, std=CIFAR100_STD, label_names=CIFAR100_LABELS,
+        input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=1.0,
+        **kwargs,
+    )
+
+
+def cifar100_cfg(name: str, **kwargs: Any) -> dict[str, Any]:
+    """Pretrained config of an entry trained on CIFAR-100, with weights in the package."""
+    return _packaged_cfg(
+        name, num_classes=100, label_names=CIFAR100_LABELS, interpolation='bilinear',
+        mean=CIFAR100_MEAN, std=CIFAR100_STD,
+        **kwargs,
+    )
+
+
+def tiny_imagenet_cfg(name: str, **kwargs: Any) -> dict[str, Any]:
+    """Pretrained config of an entry trained on Tiny ImageNet, with weights in the package."""
+    named = zip(TINY_IMAGENET_LABELS, TINY_IMAGENET_WNIDS, strict=True)
+    return _packaged_cfg(
+        name, num_classes=200, label_names=TINY_IMAGENET_LABELS,
+        label_descriptions={label: f'{label}, WordNet {wnid}' for label, wnid in named},
         **kwargs,
     )
 
@@ -62,9 +91,17 @@ def check_stem(stem_type: str, output_stride: int, stem_types: tuple[str, ...]) 
 
 
 def zoo_cfgs(cfgs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Registry form of {'arch.tag': config}; remembers which entries have weights."""
+    """Registry form of {'arch.tag': config}; remembers which entries have weights.
+
+    An asterisk after a tag makes it the config of the bare name, as timm has it.
+    """
     _PRETRAINED.extend(name for name, cfg in cfgs.items() if cfg.get('file') or cfg.get('hf_hub_id'))
     return generate_default_cfgs(cfgs)
+
+
+def entries(variant: str = '') -> list[str]:
+    """Names (arch.tag) of the entries with weights, of all architectures or of one, best first."""
+    return [name for name in _PRETRAINED if name.startswith(f'{variant}.' if variant else '')]
 
 
 def create_from_zoo(
@@ -72,15 +109,20 @@ def create_from_zoo(
         variant: str,
         pretrained: bool = False,
         advice: str = 'Use pretrained=False for random initialisation.',
+        sized: bool = False,
         **kwargs: Any,
 ) -> ModelT:
     """timm's `build_model_with_cfg` with checked weights.
+
+    Without weights, an architecture of a paper is built as in the paper: 1,000 classes and 224 px. If `pretrained` is
+    set and neither a tag nor a file is given, the architecture's first entry is taken, with its classes and size.
 
     Args:
         model_cls: Class of the model.
         variant: Registered name of the architecture.
         pretrained: Load the weights of its pretrained config.
         advice: Last sentence of the error message for a model without weights.
+        sized: Pass the input size of the pretrained config as `img_size`, where the caller gives none.
         **kwargs: Passed on to timm.
 
     Raises:
@@ -88,17 +130,23 @@ def create_from_zoo(
             the weights are damaged or do not fit.
         huggingface_hub.errors.HfHubHTTPError, LocalEntryNotFoundError: The Hub does not have them, or is offline.
     """
-    if pretrained:
-        cfg = resolve_pretrained_cfg(
+    def resolved() -> PretrainedCfg:
+        return resolve_pretrained_cfg(
             variant,
             pretrained_cfg=kwargs.get('pretrained_cfg'),
             pretrained_cfg_overlay=kwargs.get('pretrained_cfg_overlay'),
         )
+
+    if pretrained:
+        trained = entries(variant)
+        if kwargs.get('pretrained_cfg') is None and trained and not _resolve_pretrained_source(vars(resolved()))[0]:
+            kwargs['pretrained_cfg'] = trained[0].partition('.')[2]
+        cfg = resolved()
         load_from, _ = _resolve_pretrained_source(vars(cfg))
         if not load_from:
             raise RuntimeError(
                 f'No pretrained weights are published for {variant}; '
-                f'timm_gsa has weights for {", ".join(sorted(_PRETRAINED))}. {advice}'
+                f'timm_gsa has weights for {", ".join(sorted(entries()))}. {advice}'
             )
         if load_from == 'hf-hub':
             checked_id = fetch_weights(cfg.hf_hub_id, variant, cfg.hf_hub_filename, kwargs.get('cache_dir'))
@@ -110,5 +158,7 @@ def create_from_zoo(
         # Without weights the config says which image size the network is made for, and that depends on the stem.
         size = dict(input_size=(3, SMALL_STEM_SIZE, SMALL_STEM_SIZE), pool_size=(SMALL_STEM_SIZE // 8,) * 2)
         kwargs['pretrained_cfg_overlay'] = {**size, **overlay}
+    if sized:
+        kwargs.setdefault('img_size', resolved().input_size[1:])
     filter_fn = checked(kwargs.pop('pretrained_filter_fn', None))
     return build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=filter_fn, **kwargs)

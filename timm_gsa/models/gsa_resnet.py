@@ -21,7 +21,15 @@ from timm.models.resnet import Bottleneck
 
 from ..layers import GlobalSelfAttention
 from ._attention_resnet import AttentionResNet
-from ._zoo import SMALL_STEM, SMALL_STEM_SIZE, cifar100_cfg, create_from_zoo, default_cfg, zoo_cfgs
+from ._zoo import (
+    SMALL_STEM,
+    SMALL_STEM_SIZE,
+    cifar100_cfg,
+    create_from_zoo,
+    default_cfg,
+    tiny_imagenet_cfg,
+    zoo_cfgs,
+)
 
 __all__ = ['GSAResNet']
 
@@ -92,14 +100,15 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 default_cfgs = zoo_cfgs({
     'gsa_resnet26.untrained': _cfg(),
     'gsa_resnet38.untrained': _cfg(),
-    'gsa_resnet50.untrained': _cfg(),
+    'gsa_resnet50.tin200': tiny_imagenet_cfg('gsa_resnet50.tin200', first_conv='conv1', **_COMMON_CFG),
+    'gsa_resnet50.untrained*': _cfg(),
     'gsa_resnet101.untrained': _cfg(),
     'gsa_resnet_tiny.c100': cifar100_cfg('gsa_resnet_tiny.c100', first_conv='conv1.0', **_COMMON_CFG),
 })
 
 
 def _create_gsa_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> GSAResNet:
-    return create_from_zoo(GSAResNet, variant, pretrained, **kwargs)
+    return create_from_zoo(GSAResNet, variant, pretrained, sized=True, **kwargs)
 
 
 @register_model

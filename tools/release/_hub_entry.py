@@ -33,8 +33,6 @@ PACKAGED = Path(timm_gsa.__file__).parent / 'weights'
 SEED = 0
 TENSORS = 'test/rand_tensors.safetensors'
 
-DATASETS = {'CIFAR-100': 'uoft-cs/cifar100'}
-
 
 class EntryError(Exception):
     """An entry is not what it should be."""
@@ -190,10 +188,10 @@ class Entry:
             library_name='timm',
             pipeline_tag='image-classification',
             license=cfg.license,
-            datasets=[DATASETS[dataset['name']]],
+            datasets=[dataset['hub']],
             **{'model-index': [dict(name=self.name, results=[dict(
                 task=dict(type='image-classification', name='Image Classification'),
-                dataset=dict(type=DATASETS[dataset['name']], name=dataset['name'], split='test'),
+                dataset=dict(type=dataset['hub'], name=dataset['name'], split=dataset['split']),
                 metrics=metrics,
             )])]},
         )
@@ -203,6 +201,8 @@ class Entry:
             arch=self.arch,
             organization=organization,
             dataset=dataset['name'],
+            split=dataset['split'],
+            tar=dataset['tar'],
             dataset_citation=dataset['citation'],
             provenance='\n\n'.join(provenance),
             parameters=record['parameters'] / 1e6,
@@ -218,8 +218,25 @@ class Entry:
             machine=self.results['recipe']['machine'],
             versions=', '.join(f'{library} {version}' for library, version in record['trained_with'].items()),
             note=f' This run was {record["note"]}.' if 'note' in record else '',
+            curve=_curve(record['curve']) if 'curve' in record else '',
             citation=family.bibtex,
         )
+
+
+def _curve(points: list[dict[str, float]]) -> str:
+    """Table of a training, a row for each validation."""
+    rows = [
+        f'| {point["epoch"]:g} | {point["lr"]:.1e} | {point["train_loss"]:.3f} | {point["eval_loss"]:.3f} '
+        f'| {point["eval_top1"]:.2f} | {point["eval_top5"]:.2f} |' for point in points]
+    return '\n'.join([
+        '',
+        'Validations during training, at the size of the recipe:',
+        '',
+        '| epochs of the recipe | learning rate | training loss | loss | top-1 | top-5 |',
+        '| ---: | ---: | ---: | ---: | ---: | ---: |',
+        *rows,
+        '',
+    ])
 
 
 def content(source: Path | bytes) -> bytes:
@@ -339,18 +356,18 @@ embedding = model(transform(image).unsqueeze(0))  # (1, {features})
 
 | data | images | top-1 | top-5 |
 | --- | ---: | ---: | ---: |
-| {dataset} test | {images} | {top1} | {top5} |
+| {dataset} {split} | {images} | {top1} | {top5} |
 
 Measured in float32 as by
 
-    python pytorch-image-models/validate.py --model {arch} --pretrained --data-dir DIR --split test.tar
+    python pytorch-image-models/validate.py --model {arch} --pretrained --data-dir DIR --split {tar}
 
 and trained by
 
     {train}
 
 on {machine}, with {versions}; one run.{note}
-
+{curve}
 ## Citation
 
 ```bibtex

@@ -1,14 +1,17 @@
 """Turn a checkpoint of timm's train.py into the weights of an entry that the wheel carries, and record what they reach.
 
-    python tools/release/pack_weights.py CHECKPOINT gsa_resnet_tiny.c100 --data-dir DIR --split test.tar
+    python tools/release/pack_weights.py CHECKPOINT gsa_resnet_tiny.c100 --data-dir DIR --split test.tar --curve SUMMARY
 
 writes timm_gsa/weights/gsa_resnet_tiny.c100.safetensors (convolutions in fp16, all else as trained), measures it on the
-given images and puts size, SHA-256 and accuracy into timm_gsa/weights/c100.json. With `--baseline NAME --model-kwargs
-key=value ...` it measures a checkpoint of another timm model for comparison, without keeping its weights.
+given images and puts size, SHA-256, accuracy and the curve of the training (train.py's summary.csv) into
+timm_gsa/weights/c100.json. Of a checkpoint with an exponential moving average it takes that. With
+`--baseline NAME --model-kwargs key=value ...` it measures a checkpoint of another timm model for comparison, without
+keeping its weights.
 """
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
 import json
 from collections.abc import Sequence
@@ -72,6 +75,14 @@ def record(path: Path, name: str, result: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(results, indent=2) + '\n')
 
 
+def curve(path: Path) -> list[dict[str, float]]:
+    """Validations of a training from summary.csv of train.py; `epoch` counts the epochs that were over."""
+    with path.open(newline='', encoding='utf-8') as file:
+        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    keys = ('lr', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5')
+    return [{'epoch': row['epoch'] + 1, **{key: float(f'{row[key]:.4g}') for key in keys}} for row in rows]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Pack and measure what the command line names."""
     parser = argparse.ArgumentParser(description=(__doc__ or '').partition('\n')[0])
@@ -81,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--split', required=True, help='its split, as timm names it: a folder or a tar')
     parser.add_argument('--baseline', metavar='NAME', help='measure this timm model instead, keep no weights')
     parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='arguments of the baseline')
+    parser.add_argument('--curve', metavar='FILE', type=Path, help="summary.csv of train.py")
     parser.add_argument('--note', help='what sets this run apart from the recipe')
     args = parser.parse_args(argv)
 
@@ -95,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         kept = {'model': args.baseline, 'model_kwargs': args.model_kwargs}
     else:
         path = WEIGHTS / f'{args.entry}.safetensors'
-        model = timm.create_model(arch, num_classes=config['num_classes'])
+        model = timm.create_model(args.entry)
         model.load_state_dict(load_state_dict(str(args.checkpoint)))  # strictly, before anything is written
         pack(model.state_dict(), path)
         model = timm.create_model(args.entry, pretrained=True)
@@ -107,6 +119,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         **kept,
         'trained_with': {'timm': timm.__version__, 'torch': torch.__version__.partition('+')[0]},
     }
+    if args.curve:
+        result['curve'] = curve(args.curve)
     if args.note:
         result['note'] = args.note
     record(results, name, result)
