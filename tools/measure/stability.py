@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from timm.data import create_dataset, create_transform, resolve_data_config
 
 from timm_gsa.commands._inputs import PHOTOS, read_image
-from timm_gsa.commands.models import registered
+from timm_gsa.models._families import trained_models
 
 CONTRASTS = (0.1, 3., 10.)
 SIZES = (32, 48, 96, 128, 224, 512)
@@ -73,8 +73,7 @@ def probe(model: nn.Module, images: torch.Tensor) -> Iterator[tuple[str, int, in
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    pretrained = [name for name in registered() if timm.get_pretrained_cfg(name).has_weights]
-    parser.add_argument('models', metavar='MODEL', nargs='*', default=pretrained, help='those with weights if none')
+    parser.add_argument('models', metavar='MODEL', nargs='*', default=trained_models(), help='those with weights')
     parser.add_argument('--data-dir', type=Path, metavar='DIR')
     parser.add_argument('--split', default='val', help='folder or tar in DIR')
     parser.add_argument('--count', type=int, default=10_000, help='images of the data set, spread evenly over it')
