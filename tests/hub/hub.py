@@ -1,8 +1,11 @@
 """A Hub for tests, on the loopback interface: repositories in memory, uploads, tokens, a log and faults to order.
 
 It answers the requests that huggingface_hub makes for the downloads and uploads of these tests, and no others.
+
+    python tests/hub/hub.py 8000    # serve until Ctrl-C, to rehearse a publication; prints what the client needs
 """
 import base64
+import contextlib
 import hashlib
 import json
 import re
@@ -332,8 +335,8 @@ class Hub(ThreadingHTTPServer):
 
     request_queue_size = 128
 
-    def __init__(self):
-        super().__init__(('127.0.0.1', 0), Handler)
+    def __init__(self, port=0):
+        super().__init__(('127.0.0.1', port), Handler)
         self.repositories = {}
         self.tokens = {READ: (), WRITE: ('timm-gsa', 'someone', 'tester')}  # namespaces that they may write to
         self.log = []
@@ -399,3 +402,10 @@ class Hub(ThreadingHTTPServer):
         with self.lock:
             self.log.clear()
             self.faults.clear()
+
+
+if __name__ == '__main__':
+    with Hub(int(sys.argv[1])) as served:
+        print(f'export HF_ENDPOINT={served.endpoint} HF_TOKEN={WRITE}', flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
