@@ -41,18 +41,17 @@ def _times(ratio: float | None) -> str:
     return '' if ratio is None else f'{ratio:.2f}' if ratio < 10 else f'{ratio:.0f}'
 
 
-def _merged(*names: str) -> dict[str, dict[str, Any]]:
-    """Rows of models of several runs by name, with speed over the textbook form and memory over the first row."""
+def _rows_of(name: str) -> dict[str, dict[str, Any]]:
+    """Rows of the models of a run by name, with speed over the textbook form and memory over the first row."""
     found: dict[str, dict[str, Any]] = {}
-    for name in names:
-        for rows in Result.read(name).groups().values():
-            first = next(iter(rows.values()))
-            for key, row in rows.items():
-                plain = rows.get(f'{key} plain')
-                found.setdefault(key, {
-                    **row, 'memory': row['peak'] / first['peak'],
-                    'textbook': plain and plain['median'] / row['median'],
-                })
+    for rows in Result.read(name).groups().values():
+        first = next(iter(rows.values()))
+        for key, row in rows.items():
+            plain = rows.get(f'{key} plain')
+            found.setdefault(key, {
+                **row, 'memory': row['peak'] / first['peak'],
+                'textbook': plain and plain['median'] / row['median'],
+            })
     return found
 
 
@@ -63,19 +62,16 @@ def _models(found: dict[str, dict[str, Any]]) -> list[str]:
 
 def cpu_models() -> str:
     """Inference and training on a CPU."""
-    eager = _merged('cpu/inference_gsa_priorattn', 'cpu/inference_san10', 'cpu/inference_san19')
-    thread = _merged('cpu/inference_one_thread', 'cpu/inference_one_thread_san19')
-    fused, compiled = _merged('cpu/inference_fused'), _merged('cpu/inference_compiled', 'cpu/inference_compiled_san19')
-    training, training_compiled = _merged('cpu/training'), _merged('cpu/training_compiled')
+    eager, others = _rows_of('cpu/inference'), [
+        _rows_of(f'cpu/{name}') for name in ('inference_compiled', 'training', 'training_compiled')]
     lines = [
-        '| model | ms | ours / textbook form | ours / timm resnet50 | one thread | norms folded, channels_last '
-        '| compiled, channels_last | training | training, compiled | peak memory / resnet50 |',
-        '| --- ' + '| ---: ' * 9 + '|',
+        '| model | ms | ours / textbook form | ours / timm resnet50 | compiled | training | training, compiled '
+        '| peak memory / resnet50 |',
+        '| --- ' + '| ---: ' * 7 + '|',
     ]
     for name in [*_models(eager), BASE]:
         row = eager[name if name != BASE else f'{BASE} eager']
-        cells = [_times(each[name]['ratio'] if name in each else None)
-                 for each in (thread, fused, compiled, training, training_compiled)]
+        cells = [_times(each[name]['ratio'] if name in each else None) for each in others]
         lines.append(
             f'| `{name}` | {1e3 * row["median"]:.0f} | {_times(row["textbook"])} | {_times(row["ratio"])} | '
             + ' | '.join(cells) + f' | {row["memory"]:.2f} |')
@@ -84,7 +80,7 @@ def cpu_models() -> str:
 
 def gpu_models() -> str:
     """Inference on a GPU."""
-    eager, compiled = _merged('h100/inference'), _merged('h100/inference_compiled')
+    eager, compiled = _rows_of('h100/inference'), _rows_of('h100/inference_compiled')
     lines = [
         '| model | eager, ms | compiled, ms | eager, ours / timm resnet50 | compiled, ours / timm resnet50 |',
         '| --- | ---: | ---: | ---: | ---: |',
@@ -115,17 +111,17 @@ def _over_textbook(result: Result) -> dict[tuple[str, str], dict[str, float]]:
 
 def operations() -> str:
     """One line for each operation on a CPU."""
-    eager, compiled = (_over_textbook(Result.read(f'cpu/{name}')) for name in ('operations', 'operations_compiled'))
+    found = _over_textbook(Result.read('cpu/operations'))
     lines = [
-        '| operation | forward, ms | forward | compiled | training step | compiled | peak memory, training step |',
-        '| --- ' + '| ---: ' * 6 + '|',
+        '| operation | forward, ms | forward | training step, ms | training step | peak memory, training step |',
+        '| --- ' + '| ---: ' * 5 + '|',
     ]
-    for operation in dict.fromkeys(operation for operation, _ in eager):
-        forward, training = (eager.get((operation, what)) for what in ('forward', 'training'))
-        cells = [f'{forward["ms"]:.1f}' if forward else '']
+    for operation in dict.fromkeys(operation for operation, _ in found):
+        cells = []
         for what in ('forward', 'training'):
-            cells += [_times(each[operation, what]['speed']) if (operation, what) in each else ''
-                      for each in (eager, compiled)]
+            each = found.get((operation, what))
+            cells += [f'{each["ms"]:.1f}', _times(each['speed'])] if each else ['', '']
+        training = found.get((operation, 'training'))
         cells.append(f'{training["memory"]:.2f}' if training else '')
         lines.append(f'| {operation} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
@@ -155,7 +151,7 @@ def runs() -> str:
     lines = ['| file | command |', '| --- | --- |']
     for path in sorted(RESULTS.rglob('*.json')):
         name = path.relative_to(RESULTS).with_suffix('').as_posix()
-        command = Result.read(name).machine['command'].removeprefix('python tools/measure/')
+        command = re.sub(r'^python tools/measure/| --json \S+', '', Result.read(name).machine['command'])
         lines.append(f'| {name} | `{command}` |')
     return '\n'.join(lines)
 
@@ -164,21 +160,17 @@ def draw_operations(path: Path) -> None:
     """Grouped chart: speed of each kind of operation over its textbook form, geometric mean of all sizes."""
     from matplotlib.figure import Figure
 
-    bars: dict[tuple[str, str, str], list[float]] = {}
-    for mode in ('eager', 'compiled'):
-        name = 'operations' if mode == 'eager' else 'operations_compiled'
-        for (operation, what), found in _over_textbook(Result.read(f'cpu/{name}')).items():
-            kind = re.sub(r',? \d+ x \d+.*', '', re.sub(r' of \d+ x \d+', '', operation))
-            bars.setdefault((kind, what, mode), []).append(found['speed'])
-    kinds = list(dict.fromkeys(kind for kind, _, _ in bars))
-    series = [(what, mode) for what in ('forward', 'training') for mode in ('eager', 'compiled')]
+    bars: dict[tuple[str, str], list[float]] = {}
+    for (operation, what), found in _over_textbook(Result.read('cpu/operations')).items():
+        kind = re.sub(r',? \d+ x \d+.*', '', re.sub(r' of \d+ x \d+', '', operation))
+        bars.setdefault((kind, what), []).append(found['speed'])
+    kinds = list(dict.fromkeys(kind for kind, _ in bars))
     figure = Figure(figsize=(8, 3.4), layout='constrained')
     axes = figure.add_subplot()
-    for number, (what, mode) in enumerate(series):
-        places = [i + (number - 1.5) * 0.2 for i, kind in enumerate(kinds) if (kind, what, mode) in bars]
-        speeds = [statistics.geometric_mean(bars[kind, what, mode]) for kind in kinds if (kind, what, mode) in bars]
-        axes.bar(places, speeds, 0.2, color=f'C{what == "training":d}', alpha=1. if mode == 'eager' else 0.5,
-                 label=f'{what}, {mode}')
+    for number, what in enumerate(('forward', 'training')):
+        places = [i + (number - 0.5) * 0.36 for i, kind in enumerate(kinds) if (kind, what) in bars]
+        speeds = [statistics.geometric_mean(bars[kind, what]) for kind in kinds if (kind, what) in bars]
+        axes.bar(places, speeds, 0.36, label={'forward': 'forward', 'training': 'training step'}[what])
     axes.set_yscale('log')
     axes.set_yticks([1, 2, 5, 10, 20, 50], ['1', '2', '5', '10', '20', '50'])
     axes.axhline(1, color='black', linewidth=0.8)
@@ -192,9 +184,8 @@ def draw_operations(path: Path) -> None:
 
 def speed() -> str:
     """The usual models over timm's ResNet-50, for the README."""
-    eager = _merged('cpu/inference_gsa_priorattn', 'cpu/inference_san10')
-    compiled = _merged('cpu/inference_compiled')
-    gpu = {mode: _merged(f'h100/{name}') for mode, name in (('eager', 'inference'), ('compiled', 'inference_compiled'))}
+    eager, compiled = _rows_of('cpu/inference'), _rows_of('cpu/inference_compiled')
+    gpu = {'eager': _rows_of('h100/inference'), 'compiled': _rows_of('h100/inference_compiled')}
     lines = ['| model | CPU | CPU, compiled | H100 | H100, compiled |', '| --- | ---: | ---: | ---: | ---: |']
     for name in (name for family in FAMILIES for name in family.usual if name in eager):
         cells = [_times(eager[name]['ratio']), _times(compiled[name]['ratio'])]

@@ -22,6 +22,7 @@ import timm_gsa
 from timm_gsa.commands._cost import parameters_and_multiply_adds
 from timm_gsa.commands.models import amount, registered
 from timm_gsa.models._families import FAMILIES, family_of
+from timm_gsa.models._zoo import entries
 
 USUAL_SIZE = 224  # pixels
 README, BENCHMARKS, CITATION = ROOT / 'README.md', ROOT / 'BENCHMARKS.md', ROOT / 'hub_configs' / 'CITATION.bib'
@@ -29,22 +30,28 @@ README, BENCHMARKS, CITATION = ROOT / 'README.md', ROOT / 'BENCHMARKS.md', ROOT 
 
 def models() -> str:
     """One row for each model and one for the tiny baseline. Figures that were not read at the source are in a note."""
-    results = json.loads((Path(timm_gsa.__file__).parent / 'weights' / 'c100.json').read_text())['models']
+    weights = Path(timm_gsa.__file__).parent / 'weights'
+    results = {path.stem: json.loads(path.read_text(encoding='utf-8')) for path in sorted(weights.glob('*.json'))}
     rows = [
-        f'| model, at {USUAL_SIZE} px | parameters | multiply-adds | ImageNet-1k, paper | CIFAR-100, here |',
+        f'| model, at {USUAL_SIZE} px | parameters | multiply-adds | ImageNet-1k, paper | trained here, at 64 px |',
         '| --- | ---: | ---: | ---: | ---: |',
     ]
+
+    def here(tag: str, name: str) -> str:
+        return f'{results[tag]["models"][name]["top1"]:.2f} on {results[tag]["dataset"]["name"]}'
+
     for name in registered():
         family = family_of(name)
         reported = f'{family.reported[name]:.1f}' if family.reported_confirmed and name in family.reported else ''
         size = timm.get_pretrained_cfg(name).input_size[-1]
-        rows.append(_row(f'`{name}`', size, parameters_and_multiply_adds(name), reported, results.get(f'{name}.c100')))
-    baseline = results['baseline']
+        measured = ', '.join(here(entry.partition('.')[2], entry) for entry in entries(name))
+        rows.append(_row(f'`{name}`', size, parameters_and_multiply_adds(name), reported, measured))
+    baseline = results['c100']['models']['baseline']
     size = timm.get_pretrained_cfg('gsa_resnet_tiny').input_size[-1]
     cost = parameters_and_multiply_adds(
         baseline['model'], num_classes=100, pretrained_cfg_overlay=dict(input_size=(3, size, size)),
         **baseline['model_kwargs'])
-    rows.append(_row('timm ResNet, same shape', size, cost, '', baseline))
+    rows.append(_row('timm ResNet, same shape', size, cost, '', here('c100', 'baseline')))
     notes = ['Accuracies are top-1 in percent.']
     confirmed: dict[str, list[str]] = {}
     for family in FAMILIES:
@@ -57,10 +64,9 @@ def models() -> str:
     return '\n'.join([*rows, '', ' '.join([*notes, f'Not confirmed: {"; ".join(unconfirmed)}.'])])
 
 
-def _row(name: str, size: int, cost: tuple[int, int], reported: str, measured: dict | None) -> str:
-    accuracy = f'{measured["top1"]:.2f}' if measured else ''
+def _row(name: str, size: int, cost: tuple[int, int], reported: str, measured: str) -> str:
     at = '' if size == USUAL_SIZE else f' ({size} px)'
-    return f'| {name}{at} | {cost[0] / 1e6:.2f} M | {amount(cost[1])} | {reported} | {accuracy} |'
+    return f'| {name}{at} | {cost[0] / 1e6:.2f} M | {amount(cost[1])} | {reported} | {measured} |'
 
 
 def provenance() -> str:

@@ -409,6 +409,9 @@ def operation_groups(setting: Setting, batch: int) -> Groups:
                 module, partial(layers.GlobalSelfAttention, feat_size=side), channels, side, way)
             groups[f'GSA position {side} x {side}, {channels} channels, {label}'] = partial(
                 position, side, channels, way)
+        for channels, side in ((80, 56), (160, 28), (320, 14), (640, 7)):
+            groups[f'SparseMLP {side} x {side}, {channels} channels, {label}'] = partial(
+                module, partial(layers.SparseMLP, feat_size=side), channels, side, way)
         for channels, side in ((128, 28), (256, 14), (512, 7)):
             groups[f'Gaussian {side} x {side}, {channels} channels, {label}'] = partial(gaussian, channels, side, way)
     if setting.device.type == 'cpu':  # elsewhere they are torch's
