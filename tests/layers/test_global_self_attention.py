@@ -149,6 +149,21 @@ def test_training_updates_the_statistics_of_the_norm_alone():
     assert changed == set(before) == {'norm.running_mean', 'norm.running_var', 'norm.num_batches_tracked'}
 
 
+def test_training_keeps_no_weights_and_no_copies():
+    """Seven maps wait for the backward pass: input, projection, normalised query, and two of the column step."""
+    layer = GlobalSelfAttention(16, 56, num_heads=2)
+    x = torch.randn(2, 16, 56, 56, requires_grad=True)
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x)
+    assert sum(kept.values()) < 7.2 * x.nbytes
+
+
 def test_channels_last_gives_the_same():
     layer = layer_of((5, 4)).eval()
     x = image(5, 4)

@@ -6,7 +6,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from stability import probe
 
-from timm_gsa.models._families import tiny_models
+from timm_gsa.models._families import tiny_models, trained_models
 
 
 def pictures(count: int = 4, size: int = 64) -> torch.Tensor:
@@ -17,7 +17,8 @@ def pictures(count: int = 4, size: int = 64) -> torch.Tensor:
     return (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), keepdim=True)
 
 
-@pytest.mark.parametrize('name', tiny_models())
+@pytest.mark.parametrize('name', [
+    name if name in tiny_models() else pytest.param(name, marks=pytest.mark.slow) for name in trained_models()])
 def test_pretrained_models_are_finite_under_every_condition(name):
     model = timm.create_model(name, pretrained=True).eval()
     results = list(probe(model, pictures()))

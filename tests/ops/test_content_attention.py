@@ -4,6 +4,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_gsa.ops import content_attention
+from timm_gsa.ops.gsa import cpu
 from timm_gsa.ops.gsa.reference import content_attention as content_attention_reference
 
 from ..gradients import heads_in, outputs_and_gradients
@@ -146,3 +147,22 @@ def test_cost_is_linear_in_the_number_of_positions():
 
     assert cost(28) == 2 * 2 * 8 * 28 ** 2 * 16 ** 2  # two products of d x d a head and position, two FLOPs each
     assert cost(56) == 4 * cost(28)
+
+
+@pytest.mark.parametrize('layout', ['slices', 'channels_last'])
+def test_operators_are_sound(layout):
+    """On slices of a projection, as a layer has them, in several blocks of images."""
+    packed = torch.randn(3, 3 * 4 * 2, 5, 7, dtype=torch.float64)
+    if layout == 'channels_last':
+        packed = packed.contiguous(memory_format=torch.channels_last)
+    query, key, value = (part.unflatten(1, (2, 4)).requires_grad_() for part in packed.split(8, 1))
+    operators = torch.ops.timm_gsa
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, '_block', lambda: key[0].numel())
+        torch.library.opcheck(operators.content_attention.default, (query, key, value))
+        grad = torch.randn(value.shape, dtype=torch.float64)
+        torch.library.opcheck(
+            operators.content_attention_backward.default, (grad, *(x.detach() for x in (query, key, value))))
+        torch.testing.assert_close(
+            outputs_and_gradients(content_attention, query, key, value),
+            outputs_and_gradients(content_attention_reference, query, key, value), rtol=1e-11, atol=1e-12)

@@ -120,12 +120,11 @@ def test_content_and_row_are_the_sum_of_both(height, width, depth):
 
 
 def test_content_and_row_of_large_maps_hold_no_more_than_the_maps_they_are_given():
-    """The softmax of the key stands in for the key; contexts are small."""
+    """The backward pass computes softmax and contexts anew."""
     tensors = [x.requires_grad_() for x in maps_of_heads(64, 64)]
     held = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda x: held.update({x.data_ptr(): x.numel()}) or x, lambda x: x):
         content_and_row_attention(*tensors)
-    assert tensors[1].data_ptr() not in held
     assert sum(held.values()) <= 1.01 * sum(x.numel() for x in tensors)
 
 

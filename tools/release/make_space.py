@@ -14,7 +14,7 @@ from pathlib import Path
 import timm
 
 import timm_gsa
-from timm_gsa.models._families import trained_models
+from timm_gsa.models._families import tiny_models
 
 ROOT = Path(__file__).parents[2]
 APP = """\
@@ -62,7 +62,7 @@ def write_space(folder: Path) -> None:
     Raises:
         OSError: The folder is not empty, or cannot be written.
     """
-    repositories = [timm.get_pretrained_cfg(model).hf_hub_id for model in trained_models(attention=True)]
+    repositories = [timm.get_pretrained_cfg(model).hf_hub_id for model in tiny_models(attention=True)]
     texts = {
         'app.py': APP,
         'README.md': README.format(

@@ -213,6 +213,7 @@ def _global_by_parts(
 
 CONTENT = Operation(
     'content_attention', reference.content_attention, plain.content_attention,
+    cpu=Form(cpu.content_attention, cpu.why_not_content_attention),
     triton=Form(gpu.content_attention, gpu.why_not_attention),
 )
 COLUMN = Operation(

@@ -25,11 +25,13 @@ from .query_norm import normalise_query
 __all__ = [
     'column_attention',
     'content_and_row_attention',
+    'content_attention',
     'global_attention',
     'halve',
     'layer',
     'why_not_column_attention',
     'why_not_content_and_row_attention',
+    'why_not_content_attention',
     'why_not_global_attention',
     'why_not_halve',
     'why_not_layer',
@@ -62,7 +64,7 @@ def why_not_content_and_row_attention(
         column: torch.Tensor,
         table: torch.Tensor,
 ) -> str | None:
-    return why_not_column_attention(query.mT, column.mT, table)
+    return why_not_cpu(query, key, value, column, table)
 
 
 def content_and_row_attention(
@@ -72,8 +74,82 @@ def content_and_row_attention(
         column: torch.Tensor,
         table: torch.Tensor,
 ) -> torch.Tensor:
-    """Content attention by two products for all images, and the row step in blocks of logits."""
-    return plain.content_attention(query, key, value) + _column_attention(query.mT, column.mT, table).mT
+    """Content attention, and the row step in blocks of logits where that is faster."""
+    transposed = query.mT, column.mT, table
+    rows = _column_attention if why_not_column_attention(*transposed) is None else plain.column_attention
+    return _content_attention(query, key, value) + rows(*transposed).mT
+
+
+# Content attention.
+
+
+def why_not_content_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:
+    return why_not_cpu(query, key, value)
+
+
+def content_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """`content_attention` that keeps neither weights nor copies of slices of a projection for the backward pass."""
+    return _content_attention(query, key, value)
+
+
+def _empty_content(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    if query.shape[3:] == value.shape[3:]:
+        return torch.empty_like(value)
+    return value.new_empty(*value.shape[:3], *query.shape[3:])
+
+
+def _content_blocks(key: torch.Tensor) -> list[slice]:
+    """Images whose keys are as many numbers as the logits of a block; at least one."""
+    images = max(1, _block() // max(1, key[:1].numel()))
+    return [slice(first, first + images) for first in range(0, len(key), images)]
+
+
+def _gather_content(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    out = _empty_content(query, key, value)
+    for images in _content_blocks(key):
+        out[images] = plain.content_attention(query[images], key[images], value[images])
+    return out
+
+
+def _gather_content_backward(
+        grad: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    for images in _content_blocks(key):
+        g, q, v = (x[images].flatten(3) for x in (grad, query, value))
+        weight = plain.normalised_key(key[images])
+        rounded = weight.to(v.dtype)
+        grad_context = g @ q.mT
+        grad_weight = (grad_context.mT @ v).to(weight.dtype).mul_(weight)
+        grad_key = grad_weight - weight * grad_weight.sum(-1, keepdim=True)
+        computed = (v @ rounded.mT).mT @ g, grad_key, grad_context @ rounded
+        for out, each in zip(grads, computed, strict=True):
+            out[images] = each.view(out[images].shape)
+    return grads
+
+
+def content_flops(query: Any, key: Any, value: Any, *, backward: bool = False, **_: Any) -> int:
+    """The contexts of the heads and their products with the queries; five products in the backward pass."""
+    batch, heads, depth, *sides = query
+    per_position = 2 * batch * heads * depth * value[2]
+    queries, keys = sides[0] * sides[1], key[3] * key[4]
+    return per_position * (2 * queries + 3 * keys if backward else queries + keys)
+
+
+_content_attention = _autograd.operator('content_attention', _gather_content, _empty_content, content_flops)
+_content_attention_backward = _autograd.operator(
+    'content_attention_backward',
+    _gather_content_backward,
+    lambda grad, *tensors: tuple(map(torch.empty_like, tensors)),
+    lambda grad, *shapes, **more: content_flops(*shapes, backward=True, **more),
+)
+_autograd.gradients('content_attention', 3, _content_attention_backward, plain.content_attention)
+
+
+# Attention along the columns.
 
 
 def _gather_columns(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
