@@ -229,7 +229,7 @@ def test_a_pretrained_model_is_probed_and_the_result_repeats(data, capsys):
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (['--model', 'gsa_resnet50'], 'No pretrained weights are published for gsa_resnet50'),
+    (['--model', 'gsa_resnet26'], 'No pretrained weights are published for gsa_resnet26'),
     (['--checkpoint', 'nowhere/last.pth.tar'], 'nowhere is no output folder of train.py: it holds no args.yaml'),
     (['--epsilon', '0'], r'argument --epsilon: must be in \(0, 255\], got 0'),
 ])
