@@ -198,7 +198,7 @@ def test_command_draws_models_below_one_another_with_a_row_for_each_place_and_ki
     (['--layers', 'layer9'], "got 'layer9'"),
     (['--model', 'resnet18', '--checkpoint', 'x'], 'checkpoint x does not exist'),
     (['--model', 'gsa_resnet_tiny', 'resnet18', '--checkpoint', 'x'], 'belongs to one model, got 2'),
-    (['--model', 'gsa_resnet50'], 'No pretrained weights'),
+    (['--model', 'gsa_resnet26'], 'No pretrained weights'),
     (['--img-size', '0'], 'at least 1'),
 ])
 def test_command_refuses_what_it_cannot_draw(arguments, message, tmp_path, capsys):
