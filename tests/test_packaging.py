@@ -198,7 +198,7 @@ UNSUPPORTED = {
     "moved": (
         LACKING,
         f"{NEED} with the internals of that time, but timm 9.0.1 lacks timm.data, timm.layers, "
-        "timm.models.PretrainedCfg"),
+        "timm.models.build_model_with_cfg"),
     "moved and nameless": ({"timm.py": ""}, "but timm of unknown version lacks timm.data, timm.layers, timm.models, "),
 }
 

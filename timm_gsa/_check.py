@@ -18,9 +18,7 @@ _NAMES = {
     "timm.layers": (
         "BatchNormAct2d", "DropPath", "LayerType", "Mlp", "SyncBatchNormAct", "create_classifier", "get_act_layer",
         "get_norm_layer", "register_notrace_function", "register_notrace_module", "to_2tuple"),
-    "timm.models": (
-        "PretrainedCfg", "build_model_with_cfg", "generate_default_cfgs", "is_model_pretrained", "list_pretrained",
-        "register_model"),
+    "timm.models": ("build_model_with_cfg", "generate_default_cfgs", "is_model_pretrained", "register_model"),
     "timm.models._builder": ("_resolve_pretrained_source", "resolve_pretrained_cfg"),
     "timm.models._features": ("feature_take_indices",),
     "timm.models._manipulate": ("checkpoint", "checkpoint_seq"),

@@ -12,6 +12,8 @@ from timm_gsa import explain, use_backend
 from timm_gsa.layers import GlobalSelfAttention
 from timm_gsa.ops import resize_relative_table
 
+from ..gradients import bytes_held
+
 
 def layer_of(feat_size: int | tuple[int, int], **kwargs) -> GlobalSelfAttention:
     """A float64 layer of 6 channels and 2 heads whose norm is not the identity."""
@@ -153,15 +155,7 @@ def test_training_keeps_no_weights_and_no_copies():
     """Seven maps wait for the backward pass: input, projection, normalised query, and two of the column step."""
     layer = GlobalSelfAttention(16, 56, num_heads=2)
     x = torch.randn(2, 16, 56, 56, requires_grad=True)
-    kept = {}
-
-    def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(x)
-    assert sum(kept.values()) < 7.2 * x.nbytes
+    assert bytes_held(layer, x) < 7.2 * x.nbytes
 
 
 def test_channels_last_gives_the_same():

@@ -125,6 +125,7 @@ def test_content_and_row_of_large_maps_hold_no_more_than_the_maps_they_are_given
     held = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda x: held.update({x.data_ptr(): x.numel()}) or x, lambda x: x):
         content_and_row_attention(*tensors)
+    assert held.keys() <= {x.data_ptr() for x in tensors}
     assert sum(held.values()) <= 1.01 * sum(x.numel() for x in tensors)
 
 

@@ -5,7 +5,9 @@ Adding a family is its model file with the layer and operation files it needs, a
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from timm.models import is_model_pretrained, list_pretrained
+from timm.models import is_model_pretrained
+
+from ._zoo import entries
 
 __all__ = ['FAMILIES', 'Family', 'family_of', 'tiny_models', 'trained_models']
 
@@ -252,13 +254,7 @@ def tiny_models(attention: bool = False, untrained: bool = False) -> tuple[str, 
     return tuple(name for name in names if untrained or is_model_pretrained(name))
 
 
-def trained_models(attention: bool = False) -> tuple[str, ...]:
-    """Names of the architectures of all families that have weights in the package; models of the papers come first.
-
-    Args:
-        attention: Leave out families that have no attention to show.
-    """
-    names = dict.fromkeys(
-        entry.partition('.')[0]
-        for family in FAMILIES if family.attention or not attention for entry in list_pretrained(f'{family.prefix}*'))
+def trained_models() -> tuple[str, ...]:
+    """Names of the architectures that have weights in the package; models of the papers come first."""
+    names = dict.fromkeys(entry.partition('.')[0] for entry in entries())
     return tuple(sorted(names, key=lambda name: name in family_of(name).tiny))

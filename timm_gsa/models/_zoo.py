@@ -4,7 +4,7 @@ from typing import Any, TypeVar
 
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs
+from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models._builder import _resolve_pretrained_source, resolve_pretrained_cfg
 
 from ._cifar100 import CIFAR100_LABELS, CIFAR100_MEAN, CIFAR100_STD
@@ -130,7 +130,7 @@ def create_from_zoo(
             the weights are damaged or do not fit.
         huggingface_hub.errors.HfHubHTTPError, LocalEntryNotFoundError: The Hub does not have them, or is offline.
     """
-    def resolved() -> PretrainedCfg:
+    def resolved() -> Any:
         return resolve_pretrained_cfg(
             variant,
             pretrained_cfg=kwargs.get('pretrained_cfg'),
@@ -138,11 +138,12 @@ def create_from_zoo(
         )
 
     if pretrained:
-        trained = entries(variant)
-        if kwargs.get('pretrained_cfg') is None and trained and not _resolve_pretrained_source(vars(resolved()))[0]:
-            kwargs['pretrained_cfg'] = trained[0].partition('.')[2]
         cfg = resolved()
         load_from, _ = _resolve_pretrained_source(vars(cfg))
+        if not load_from and kwargs.get('pretrained_cfg') is None and entries(variant):
+            kwargs['pretrained_cfg'] = entries(variant)[0].partition('.')[2]
+            cfg = resolved()
+            load_from, _ = _resolve_pretrained_source(vars(cfg))
         if not load_from:
             raise RuntimeError(
                 f'No pretrained weights are published for {variant}; '
