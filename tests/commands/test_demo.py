@@ -29,10 +29,11 @@ from PIL import Image, ImageFile
 from timm_gsa.commands import main
 from timm_gsa.commands._inputs import PHOTOS
 
-MAPS = {
-    'gsa_resnet_tiny': 8, 'san_tiny_pairwise': 5, 'san_tiny_patchwise': 5, 'priorattn_resnet_tiny': 3,
-    'smlpnet_mini': 8,
+MAPS = {  # in the order of the page
+    'gsa_resnet50': 8, 'gsa_resnet_tiny': 8, 'priorattn_resnet_tiny': 3, 'san_tiny_pairwise': 5,
+    'san_tiny_patchwise': 5, 'smlpnet_mini': 8,
 }
+FIRST = 'gsa_resnet50'
 FASTEST = 'priorattn_resnet_tiny'
 BROWSERS = ('chromium', 'chromium-browser', 'google-chrome')
 BROWSER_ARGUMENTS = (
@@ -338,7 +339,8 @@ def changed(before, after):
 
 
 def expected_classes(demo, photo, model):
-    return [each.name for each in demo.Classifier(model).predict(demo.read_photo(photo), 5)]
+    classifier = demo.Classifier(model, img_size=96 if model == FIRST else None)
+    return [each.name for each in classifier.predict(demo.read_photo(photo), 5)]
 
 
 @pytest.mark.interop
@@ -479,7 +481,8 @@ def test_space_runs_from_its_folder_alone_and_leaves_nothing(demo, tmp_path):
     front = yaml.safe_load(card[1])
     assert front['sdk'] == 'gradio' and (space / front['app_file']).is_file()
     assert front['sdk_version'] == sys.modules['gradio'].__version__
-    assert front['models'] == [timm.get_pretrained_cfg(name).hf_hub_id for name in MAPS]
+    assert front['models'] == [
+        'timm-gsa/gsa_resnet50.tin200', *(timm.get_pretrained_cfg(name).hf_hub_id for name in list(MAPS)[1:])]
     assert len(front['short_description']) <= 60
     requirements = (space / 'requirements.txt').read_text().split()
     assert f'timm=={timm.__version__}' in requirements
@@ -678,9 +681,10 @@ def shot(visit, name):
 @pytest.mark.interop
 def test_page_draws_what_the_clicked_pixel_attends_to(visit, demo):
     assert visit.has_ring(0.5, 0.5)
-    assert visit.classes() == expected_classes(demo, PHOTOS / 'rocket.jpg', 'gsa_resnet_tiny')
+    assert visit.classes() == expected_classes(demo, PHOTOS / 'rocket.jpg', FIRST)
     assert [each.inner_text() for each in visit.page.query_selector_all('#maps figcaption b')] == [
-        f'layer{stage}.0.conv2 {kind}' for kind in ('content', 'position') for stage in (1, 2, 3, 4)]
+        f'layer{stage}.{block}.conv2 {kind}' for kind in ('content', 'position')
+        for stage, block in enumerate((2, 3, 5, 2), start=1)]
     before, on_screen = visit.maps(), visit.picture('#maps')
     assert all(len(np.unique(each.reshape(-1, 3), axis=0)) > 100 for each in before)
 
@@ -689,13 +693,13 @@ def test_page_draws_what_the_clicked_pixel_attends_to(visit, demo):
     after = visit.maps()
     assert all(changed(*each) > RING_ALONE for each in zip(before, after, strict=True))
     assert changed(on_screen, visit.picture('#maps')) > 0.1
-    assert visit.classes() == expected_classes(demo, PHOTOS / 'rocket.jpg', 'gsa_resnet_tiny')
+    assert visit.classes() == expected_classes(demo, PHOTOS / 'rocket.jpg', FIRST)
 
 
 @pytest.mark.interop
 def test_page_shows_every_model_at_the_same_place(visit, demo):
     visit.click(0.48, 0.45)
-    for model in (*list(MAPS)[1:], 'gsa_resnet_tiny'):
+    for model in (*list(MAPS)[1:], FIRST):
         before = visit.picture('#maps')
         visit.choose(model)
         assert len(visit.maps()) == MAPS[model]
@@ -703,7 +707,7 @@ def test_page_shows_every_model_at_the_same_place(visit, demo):
         assert visit.has_ring(0.48, 0.45)
         after = visit.picture('#maps')
         assert before.shape != after.shape or changed(before, after) > 0.1
-        if model == 'san_tiny_pairwise':
+        if model == FIRST:
             assert len(shot(visit, 'desktop').getcolors(1 << 24)) > 1000
 
 
@@ -711,16 +715,16 @@ def test_page_shows_every_model_at_the_same_place(visit, demo):
 def test_page_takes_photos_of_its_own_dropped_and_chosen(visit, demo):
     visit.click(0.2, 0.2)
     visit.after(lambda: visit.page.click('#examples button >> nth=1'))
-    assert visit.classes() == expected_classes(demo, PHOTOS / 'coffee.jpg', 'gsa_resnet_tiny')
+    assert visit.classes() == expected_classes(demo, PHOTOS / 'coffee.jpg', FIRST)
     assert visit.has_ring(0.5, 0.5)
     before = visit.picture('#view')
     visit.after(lambda: visit.drop(PHOTOS / 'astronaut.jpg'))
-    assert visit.classes() == expected_classes(demo, PHOTOS / 'astronaut.jpg', 'gsa_resnet_tiny')
+    assert visit.classes() == expected_classes(demo, PHOTOS / 'astronaut.jpg', FIRST)
     assert changed(before, visit.picture('#view')) > 0.5
     visit.after(lambda: visit.upload(PHOTOS / 'chelsea.jpg'))
-    assert visit.classes() == expected_classes(demo, PHOTOS / 'chelsea.jpg', 'gsa_resnet_tiny')
+    assert visit.classes() == expected_classes(demo, PHOTOS / 'chelsea.jpg', FIRST)
     visit.click(0.9, 0.9)
-    assert visit.classes() == expected_classes(demo, PHOTOS / 'chelsea.jpg', 'gsa_resnet_tiny')
+    assert visit.classes() == expected_classes(demo, PHOTOS / 'chelsea.jpg', FIRST)
 
 
 @pytest.mark.interop
@@ -736,7 +740,7 @@ def test_page_says_what_is_allowed_and_goes_on(visit, demo, tmp_path):
         assert said in visit.warning_after(lambda name=name: visit.upload(tmp_path / name))
     assert all(np.array_equal(*each) for each in zip(before, visit.maps(), strict=True))
     visit.after(lambda: visit.upload(PHOTOS / 'coffee.jpg'))
-    assert visit.classes() == expected_classes(demo, PHOTOS / 'coffee.jpg', 'gsa_resnet_tiny')
+    assert visit.classes() == expected_classes(demo, PHOTOS / 'coffee.jpg', FIRST)
 
 
 @pytest.mark.interop
@@ -759,7 +763,7 @@ def test_page_fits_the_window(visit):
 def check_layout(visit, width):
     """Everything is there, within the window, and nothing over anything else."""
     boxes = visit.boxes()
-    assert len(boxes.pop('#maps figure')) == MAPS['gsa_resnet_tiny']
+    assert len(boxes.pop('#maps figure')) == MAPS[FIRST]
     boxes = {name: box for name, (box,) in boxes.items()}
     boxes |= {f'map {i}': each.bounding_box() for i, each in enumerate(visit.page.query_selector_all('#maps figure'))}
     assert visit.page.evaluate('document.documentElement.scrollWidth') <= width

@@ -38,6 +38,16 @@ def test_packed_file_holds_matrices_in_half_precision_and_all_else_as_it_is(tmp_
     assert [path.name for path in tmp_path.glob('*x.safetensors*')] == ['x.safetensors']
 
 
+def test_curve_counts_the_epochs_of_all_stages(tmp_path):
+    head = 'epoch,train_loss,eval_loss,eval_top1,eval_top5,lr\n'
+    (tmp_path / 'first.csv').write_text(f'{head}0,4.5,4.25,10.0,30.0,0.001\n2,3.5,3.25,23.456,49.0,0.0\n')
+    (tmp_path / 'second.csv').write_text(f'{head}1,3.0,2.75,30.0,57.0,0.0003109916\n')
+    points = pack_weights.curve([tmp_path / 'first.csv', tmp_path / 'second.csv'])
+    assert [point['epoch'] for point in points] == [1, 3, 5]
+    assert points[1] == dict(epoch=3, lr=0., train_loss=3.5, eval_loss=3.25, eval_top1=23.46, eval_top5=49.)
+    assert points[2]['lr'] == 0.000311
+
+
 def test_baseline_is_measured_and_recorded_without_its_weights(weights, images, tmp_path, capsys):
     arguments = dict(layers=(1, 1, 1, 1), channels=(8, 8, 8, 8), stem_width=8)
     model = timm.create_model('resnet26', num_classes=100, **arguments)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from ._figure import FRAME, Panel, draw_on, mark, panels, relevance_panel, rendered, rollout_panel
+from ._figure import FRAME, Panel, draw_on, map_size, mark, panels, relevance_panel, rendered, rollout_panel
 from ._inputs import PHOTOS, Classifier, add_model_arguments, progress, read_image, require_extra, save
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         'image', metavar='IMAGE', nargs='?', type=Path, help="photo; the package's rocket if not given")
     parser.add_argument(
-        '--model', nargs='+', default=['gsa_resnet_tiny'], help='models of this package, drawn below one another')
+        '--model', nargs='+', default=['gsa_resnet50'], help='models of this package, drawn below one another')
     parser.add_argument(
         '--point', metavar=('X', 'Y'), nargs=2, type=float, action='append', default=[],
         help='point in pixels of the photo, may be repeated; the centre if not given')
@@ -140,7 +140,8 @@ def run(args: argparse.Namespace) -> int:
     path = args.image or PHOTOS / 'rocket.jpg'
     photo = read_image(path)
     classifiers = {
-        name: Classifier(name, args.checkpoint, args.classes, args.img_size)
+        name: Classifier(
+            name, args.checkpoint, args.classes, args.img_size or (None if args.checkpoint else map_size(name)))
         for name in progress(args.model, 'loading', 'model')}
     picture = figure(photo, classifiers, [(x, y) for x, y in args.point], args.layers)
     out = args.out or Path('output', 'attention', f'{path.stem}.png')

@@ -34,7 +34,7 @@ PICTURE_HEIGHT = 320  # pixels
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
     parser.add_argument('images', metavar='IMAGE', nargs='*', type=Path, help='photos; those of the package if none')
-    parser.add_argument('--model', default='gsa_resnet_tiny', help='any timm model')
+    parser.add_argument('--model', default='gsa_resnet50', help='any timm model')
     add_model_arguments(parser)
     parser.add_argument('--top-k', metavar='K', type=positive, default=5, help='classes to name')
     parser.add_argument(

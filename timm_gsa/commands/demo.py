@@ -16,8 +16,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..models._families import tiny_models
-from ._figure import panels
+from ..models._families import trained_models
+from ._figure import map_size, panels
 from ._inputs import Classifier, progress, require_extra
 
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
     parser.add_argument(
         '--model', metavar='NAME', action='append',
-        help='pretrained model of this package, repeated for more; the tiny ones if not given')
+        help='pretrained model of this package, repeated for more; all of them if not given')
     parser.add_argument(
         '--host', default=os.environ.get('GRADIO_SERVER_NAME', '127.0.0.1'), help='address to listen on')
     parser.add_argument('--port', type=port, default=7860, help='port to listen on')
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve the page until interrupted; returns 0."""
     require_extra('demo', 'gradio', 'matplotlib')
-    classifiers = load(args.model or tiny_models(attention=True))
+    classifiers = load(args.model or trained_models(attention=True))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Gradio checks its own address by HTTP, which must not go through a proxy.
     direct = ','.join(filter(None, [os.environ.get('no_proxy') or os.environ.get('NO_PROXY'), 'localhost', args.host]))
@@ -65,7 +65,7 @@ def load(names: Sequence[str]) -> dict[str, Classifier]:
     classifiers = {}
     for name in progress(names, 'loading', 'model'):
         try:
-            classifiers[name] = Classifier(name)
+            classifiers[name] = Classifier(name, img_size=map_size(name))
             panels(classifiers[name], Image.new('RGB', (64, 64)))
         except (RuntimeError, ValueError, OSError) as error:
             raise ValueError(f'--model {name}: {error}') from error

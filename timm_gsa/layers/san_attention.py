@@ -9,7 +9,7 @@ import torch.nn as nn
 from timm.layers import LayerType, get_act_layer, get_norm_layer, register_notrace_module
 
 from ..ops import aggregation, coordinates, patch, subtraction
-from ..ops._backend import in_full_precision, short_cut
+from ..ops._backend import in_full_precision, short_cut, wide_softmax
 from ..ops.san import PAIRWISE, PAIRWISE_WEIGHTS, PATCHWISE, PATCHWISE_WEIGHTS
 from ..ops.san.neighbourhood import same_padding
 
@@ -128,8 +128,7 @@ class PairwiseAttention(_NeighbourhoodAttention):
         weight = torch.cat([relation, offset.expand(batch, -1, -1, -1, -1)], dim=1).flatten(3)
         weight = self.conv1(self.act1(self.norm1(weight)))
         weight = self.conv2(self.act2(self.norm2(weight)))
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        return weight.softmax(2, dtype=wide).unflatten(3, (height, width))
+        return wide_softmax(weight, 2).unflatten(3, (height, width))
 
     def mapped_position(self, query: torch.Tensor) -> torch.Tensor:
         """Coordinates of a map's positions as `position` maps them, (1, 2, H, W), in at least float32.

@@ -29,6 +29,8 @@ class Family:
         ours: What is our choice, in Markdown.
         attention: True if `timm_gsa.attention_maps` reads its models.
         rollout: True if attention rollout is defined for its models.
+        map_sizes: Side of the image, in pixels, at which the maps of a pretrained model are drawn, where its own size
+            makes them small: the largest at which it still classifies well, by tools/measure/sizes.py.
         sized: True if its models take `img_size`.
         strides: Strides of the maps that its models give as features.
         output_strides: Values of `output_stride` that its models take.
@@ -55,6 +57,7 @@ class Family:
     ours: str
     attention: bool
     rollout: bool = False
+    map_sizes: Mapping[str, int] = field(default_factory=dict)
     sized: bool = False
     strides: tuple[int, ...] = (2, 4, 8, 16, 32)
     output_strides: tuple[int, ...] = (8, 16, 32)
@@ -94,6 +97,7 @@ FAMILIES = (
         ),
         attention=True,
         rollout=True,
+        map_sizes={'gsa_resnet50': 96},
         sized=True,
         small_stem=True,
         reported={'gsa_resnet50': 78.5, 'gsa_resnet101': 79.6},
@@ -254,7 +258,12 @@ def tiny_models(attention: bool = False, untrained: bool = False) -> tuple[str, 
     return tuple(name for name in names if untrained or is_model_pretrained(name))
 
 
-def trained_models() -> tuple[str, ...]:
-    """Names of the architectures that have weights in the package; models of the papers come first."""
+def trained_models(attention: bool = False) -> tuple[str, ...]:
+    """Names of the architectures that have weights in the package; models of the papers come first.
+
+    Args:
+        attention: Leave out families that have no attention to show.
+    """
     names = dict.fromkeys(entry.partition('.')[0] for entry in entries())
-    return tuple(sorted(names, key=lambda name: name in family_of(name).tiny))
+    shown = (name for name in names if family_of(name).attention or not attention)
+    return tuple(sorted(shown, key=lambda name: name in family_of(name).tiny))

@@ -21,9 +21,12 @@ from timm.models import register_model
 from timm.models.resnet import Bottleneck, ResNet
 
 from ..layers._pool import HalvingAveragePool
+from ..ops._backend import wide_softmax
 from ._zoo import create_from_zoo, default_cfg, zoo_cfgs
 
 __all__ = ['DCAC', 'CondenserBlock', 'checkpoint_filter_fn']
+
+register_notrace_function(wide_softmax)  # asks for the dtype, which torch.fx cannot trace
 
 _GROUPS = 4  # of every 3 x 3 convolution but the first of the network
 _TYPES = {'basic': 1, 'bottleneck': 2}  # output channels over width
@@ -131,15 +134,8 @@ class CondenserBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         condensed = self.condense(x)
         if self.downsample is not None:
-            return self.act(softmax_over_channels(condensed) * self.downsample(x))
+            return self.act(wide_softmax(condensed, 1).type_as(condensed) * self.downsample(x))
         return self.act(self.drop_path(condensed) + x)
-
-
-@register_notrace_function  # asks for the dtype; torch.fx keeps names without an underscore only
-def softmax_over_channels(x: torch.Tensor) -> torch.Tensor:
-    """Softmax of a map (B, C, H, W) over C, computed in float32 at least, in the dtype of the map."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.softmax(dim=1, dtype=wide).to(x.dtype)
 
 
 class DCAC(ResNet):

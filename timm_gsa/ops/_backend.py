@@ -47,6 +47,8 @@ __all__ = [
     'why_not_pristine',
     'why_not_triton',
     'why_not_untouched',
+    'wide_softmax',
+    'wide_type',
 ]
 
 BACKENDS = ('auto', 'reference', 'torch', 'cpu', 'triton')
@@ -92,6 +94,16 @@ class Choice(NamedTuple):
     operation: str
     form: str
     reasons: dict[str, str]
+
+
+def wide_type(dtype: torch.dtype) -> torch.dtype:
+    """The type to compute in what half precision would spoil: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def wide_softmax(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """Softmax over an axis, computed and returned in at least float32."""
+    return x.softmax(dim, dtype=wide_type(x.dtype))
 
 
 @contextmanager
@@ -528,7 +540,7 @@ def affine_of(norm: Any) -> Affine | None:
     mean, variance = getattr(norm, 'running_mean', None), getattr(norm, 'running_var', None)
     if norm.training or mean is None or variance is None or not isinstance(getattr(norm, 'act', None), _NO_ACT):
         return None
-    wide = torch.float64 if mean.dtype == torch.float64 else torch.float32
+    wide = wide_type(mean.dtype)
     scale = (variance.to(wide) + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.to(wide)

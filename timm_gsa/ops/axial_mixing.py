@@ -5,7 +5,7 @@ Source: Tang et al., "Sparse MLP for Image Recognition: Is Self-Attention Really
 import torch
 import torch.nn.functional as F
 
-from ._backend import Operation, compute, statically_true
+from ._backend import Operation, compute, statically_true, wide_type
 
 __all__ = [
     'COLUMN_MIXING',
@@ -108,7 +108,8 @@ def resize_mixing_matrix(matrix: torch.Tensor, length: int) -> torch.Tensor:
     """
     if _fits(matrix, length):
         return matrix
-    resized = F.interpolate(_wide(matrix)[None, None], [length, length], mode='bicubic', align_corners=False)
+    wide = matrix.to(wide_type(matrix.dtype))
+    resized = F.interpolate(wide[None, None], [length, length], mode='bicubic', align_corners=False)
     return (resized[0, 0] * (matrix.shape[0] / length)).to(matrix.dtype)
 
 
@@ -124,7 +125,8 @@ def resize_mixing_bias(bias: torch.Tensor, length: int) -> torch.Tensor:
     """
     if _fits(bias, length):
         return bias
-    resized = F.interpolate(_wide(bias)[None, None], [length], mode='linear', align_corners=False)
+    wide = bias.to(wide_type(bias.dtype))
+    resized = F.interpolate(wide[None, None], [length], mode='linear', align_corners=False)
     return resized[0, 0].to(bias.dtype)
 
 
@@ -133,10 +135,6 @@ def _fits(x: torch.Tensor, length: int) -> bool:
     if not torch.jit.is_scripting():
         return statically_true(same)
     return same
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.to(torch.float32)
 
 
 def _check(matrix: torch.Tensor, bias: torch.Tensor, length: int, axis: str) -> None:

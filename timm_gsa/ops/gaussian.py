@@ -5,7 +5,7 @@ equations were not readable for us; the form below is a reconstruction.
 """
 import torch
 
-from ._backend import Form, Operation, compute, statically_true, why_not_cpu
+from ._backend import Form, Operation, compute, statically_true, why_not_cpu, wide_type
 
 __all__ = ['gaussian_attention', 'gaussian_attention_reference', 'gaussian_weight']
 
@@ -21,7 +21,7 @@ def gaussian_weight(length: int, radius: torch.Tensor, dilation: int = 1) -> tor
     Returns:
         Tensor of shape (length, length) whose rows sum to 1, in at least float32.
     """
-    wide = torch.float64 if radius.dtype == torch.float64 else torch.float32
+    wide = wide_type(radius.dtype)
     position = torch.arange(length, device=radius.device, dtype=wide) / dilation
     distance = (position[:, None] - position[None, :]).square()
     radius = radius.to(wide)
@@ -83,7 +83,7 @@ def _on_cpu(value: torch.Tensor, radius: torch.Tensor, dilation: int) -> torch.T
 def gaussian_attention_reference(value: torch.Tensor, radius: torch.Tensor, dilation: int = 1) -> torch.Tensor:
     """The same as `gaussian_attention` with the dense map of N x N weights that published costs refer to."""
     height, width = value.shape[-2:]
-    wide = torch.float64 if radius.dtype == torch.float64 else torch.float32
+    wide = wide_type(radius.dtype)
     rows = torch.arange(height, device=value.device, dtype=wide) / dilation
     columns = torch.arange(width, device=value.device, dtype=wide) / dilation
     position = torch.cartesian_prod(rows, columns)

@@ -214,7 +214,7 @@ class Entry:
             top1=record['top1'],
             top5=record['top5'],
             images=record['images'],
-            train=self.results['recipe']['train'].replace('NAME', self.arch),
+            train='\n    '.join(self.results['recipe']['train']).replace('NAME', self.arch),
             machine=self.results['recipe']['machine'],
             versions=', '.join(f'{library} {version}' for library, version in record['trained_with'].items()),
             note=f' This run was {record["note"]}.' if 'note' in record else '',
@@ -230,9 +230,9 @@ def _curve(points: list[dict[str, float]]) -> str:
         f'| {point["eval_top1"]:.2f} | {point["eval_top5"]:.2f} |' for point in points]
     return '\n'.join([
         '',
-        'Validations during training, at the size of the recipe:',
+        'Validations during training, of the weights before averaging, at the size that the recipe has for them:',
         '',
-        '| epochs of the recipe | learning rate | training loss | loss | top-1 | top-5 |',
+        '| epochs of the recipe, over all stages | learning rate | training loss | loss | top-1 | top-5 |',
         '| ---: | ---: | ---: | ---: | ---: | ---: |',
         *rows,
         '',

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-import timm
-
 import timm_gsa
-from timm_gsa.models._families import tiny_models
+from timm_gsa.models._families import trained_models
+from timm_gsa.models._weights import hub_id
+from timm_gsa.models._zoo import entries
 
 ROOT = Path(__file__).parents[2]
 APP = """\
@@ -43,8 +43,8 @@ models:
 ---
 
 Choose a model, drop a photo and click on it: the maps show the weights with which that place gathers what the others
-hold, in GSA-ResNet, SAN and ResNets with prior attention. The tiny models were trained on the 100 classes of CIFAR-100;
-their weights lie in this folder, and nothing is downloaded.
+hold, in GSA-ResNet, SAN and ResNets with prior attention. `gsa_resnet50` was trained on Tiny ImageNet, 200 classes of
+ImageNet, the tiny models on the 100 classes of CIFAR-100. Their weights lie in this folder; nothing is downloaded.
 
     pip install gradio=={gradio} -r requirements.txt && python app.py
 
@@ -62,7 +62,7 @@ def write_space(folder: Path) -> None:
     Raises:
         OSError: The folder is not empty, or cannot be written.
     """
-    repositories = [timm.get_pretrained_cfg(model).hf_hub_id for model in tiny_models(attention=True)]
+    repositories = [hub_id(entries(model)[0]) for model in trained_models(attention=True)]
     texts = {
         'app.py': APP,
         'README.md': README.format(

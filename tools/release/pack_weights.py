@@ -3,7 +3,7 @@
     python tools/release/pack_weights.py CHECKPOINT gsa_resnet_tiny.c100 --data-dir DIR --split test.tar --curve SUMMARY
 
 writes timm_gsa/weights/gsa_resnet_tiny.c100.safetensors (convolutions in fp16, all else as trained), measures it on the
-given images and puts size, SHA-256, accuracy and the curve of the training (train.py's summary.csv) into
+given images and puts size, SHA-256, accuracy and the curve of the training (train.py's summary.csv, of each stage) into
 timm_gsa/weights/c100.json. Of a checkpoint with an exponential moving average it takes that. With
 `--baseline NAME --model-kwargs key=value ...` it measures a checkpoint of another timm model for comparison, without
 keeping its weights.
@@ -75,12 +75,17 @@ def record(path: Path, name: str, result: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(results, indent=2) + '\n')
 
 
-def curve(path: Path) -> list[dict[str, float]]:
-    """Validations of a training from summary.csv of train.py; `epoch` counts the epochs that were over."""
-    with path.open(newline='', encoding='utf-8') as file:
-        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-    keys = ('lr', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5')
-    return [{'epoch': row['epoch'] + 1, **{key: float(f'{row[key]:.4g}') for key in keys}} for row in rows]
+def curve(paths: Sequence[Path]) -> list[dict[str, float]]:
+    """Validations of a training from summary.csv of each of its stages; `epoch` counts the epochs that were over."""
+    points: list[dict[str, float]] = []
+    for path in paths:
+        before = points[-1]['epoch'] if points else 0
+        with path.open(newline='', encoding='utf-8') as file:
+            rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        keys = ('lr', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5')
+        points += [
+            {'epoch': before + row['epoch'] + 1, **{key: float(f'{row[key]:.4g}') for key in keys}} for row in rows]
+    return points
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -92,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--split', required=True, help='its split, as timm names it: a folder or a tar')
     parser.add_argument('--baseline', metavar='NAME', help='measure this timm model instead, keep no weights')
     parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='arguments of the baseline')
-    parser.add_argument('--curve', metavar='FILE', type=Path, help="summary.csv of train.py")
+    parser.add_argument('--curve', metavar='FILE', type=Path, nargs='+', help='summary.csv of train.py, one a stage')
     parser.add_argument('--note', help='what sets this run apart from the recipe')
     args = parser.parse_args(argv)
 

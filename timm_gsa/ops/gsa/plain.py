@@ -2,7 +2,7 @@
 import torch
 import torch.nn.functional as F
 
-from .._backend import is_compiling, statically_true
+from .._backend import is_compiling, statically_true, wide_softmax, wide_type
 
 __all__ = [
     'column_attention',
@@ -24,8 +24,7 @@ def content_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
 
 def normalised_key(key: torch.Tensor) -> torch.Tensor:
     """Softmax of keys (B, heads, d, H, W) over positions, (B, heads, d, N), in at least float32."""
-    wide = torch.float64 if key.dtype == torch.float64 else torch.float32
-    return key.flatten(3).softmax(-1, dtype=wide)
+    return wide_softmax(key.flatten(3), -1)
 
 
 def column_attention(query: torch.Tensor, value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -76,7 +75,7 @@ def is_even(x: torch.Tensor) -> bool:
 def resize_relative_table(table: torch.Tensor, length: int) -> torch.Tensor:
     """`timm_gsa.ops.resize_relative_table` by arithmetic that holds at every length, also where the table fits."""
     rows = table.shape[0]
-    wide = torch.float64 if table.dtype == torch.float64 else torch.float32
+    wide = wide_type(table.dtype)
     offset = torch.arange(1 - length, length, device=table.device)
     # Offset 0 keeps its place, and the outermost offsets theirs; an axis of one position has offset 0 alone.
     source = offset.to(wide) * (rows // 2) / offset[-1].clamp(min=1) + rows // 2

@@ -5,6 +5,8 @@ Shen et al., "Efficient Attention", arXiv 1812.01243.
 """
 import torch
 
+from .._backend import wide_softmax, wide_type
+
 __all__ = ['QUERY_NORMS', 'check_query_norm', 'normalise_query']
 
 QUERY_NORMS = (None, 'softmax', 'rms')
@@ -35,8 +37,7 @@ def normalise_query(query: torch.Tensor, query_norm: str | None, dim: int = 2) -
     """
     if query_norm is None:
         return query
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     if query_norm == 'softmax':
-        return query.softmax(dim, dtype=wide).to(query.dtype)
-    x = query.to(wide)
+        return wide_softmax(query, dim).to(query.dtype)
+    x = query.to(wide_type(query.dtype))
     return (x * (x.square().mean(dim, keepdim=True) + 1e-6).rsqrt()).to(query.dtype)

@@ -4,7 +4,14 @@ from typing import Any
 
 import torch
 
-from .._backend import is_compiling, records_gradients, statically_true, why_not_cpu, why_not_plain_tensors
+from .._backend import (
+    is_compiling,
+    records_gradients,
+    statically_true,
+    why_not_cpu,
+    why_not_plain_tensors,
+    wide_type,
+)
 from . import plain, rows
 from .innermost import buffered, difference_attention, patch_attention, weighted_sum
 from .layers import by_batch, conv2_bias, fixed_norms, hidden_of_patches, logits_of_differences, why_not_own_parts
@@ -49,7 +56,7 @@ def why_not_aggregation(value: torch.Tensor, weight: torch.Tensor, kernel_size: 
 
 def aggregation(value: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
     weight = weight.to(value.dtype)
-    wide = plain.wide_type(value)
+    wide = wide_type(value.dtype)
     height, width = value.shape[-2:]
     padding = same_padding(kernel_size, dilation)
     square = kernel_size, kernel_size

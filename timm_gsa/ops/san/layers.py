@@ -6,8 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .._backend import Affine, affine_of, why_not_pristine
-from . import plain
+from .._backend import Affine, affine_of, why_not_pristine, wide_type
 
 __all__ = [
     'by_batch',
@@ -126,7 +125,7 @@ def _affine_or_batch(
     _update_running(norm, mean.detach(), variance.detach(), count)
     weight, bias = _weight_and_bias(norm, like)
     scale = (variance + norm.eps).rsqrt() * weight
-    wide = plain.wide_type(like)
+    wide = wide_type(like.dtype)
     return Affine(scale.to(wide), (bias - mean * scale).to(wide))
 
 

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import _autograd
+from .._backend import wide_type
 from .neighbourhood import reflect_pad, same_padding
-from .plain import network_flops, on_differences, on_patches, patch_flops, wide_type
+from .plain import network_flops, on_differences, on_patches, patch_flops
 
 __all__ = ['Networks', 'define_networks']
 
@@ -164,7 +165,7 @@ class _Difference:
             moments = self.kernels().rectified_moments(query, padded, *window, weight2.dtype).double()
             moments /= _count(query, kernel_size)
         norm = _norm(weight1.double(), scale, shift, moments, eps)
-        folded = norm.folded.to(wide_type(query))
+        folded = norm.folded.to(wide_type(query.dtype))
         logits = self.kernels().difference_logits(query, padded, folded, weight2, bias2, *window)
         return logits, norm.mean, norm.variance, moments
 
@@ -208,7 +209,7 @@ class _Difference:
         torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
     ]:
         maps, window = (query, padded), (kernel_size, dilation)
-        norm, wide = _norm(weight1.double(), scale, shift, moments, eps), wide_type(query)
+        norm, wide = _norm(weight1.double(), scale, shift, moments, eps), wide_type(query.dtype)
         folded = norm.folded.to(wide)
         grad_weight2, products, grad_bias2 = self.kernels().difference_products(grad, *maps, folded, weight2, *window)
         grads, correction = _gradients_of_norm(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import _autograd
-from .._backend import why_not_plain_tensors
+from .._backend import why_not_plain_tensors, wide_type
 from .neighbourhood import neighbourhood, reflect_pad, same_padding, windows
 
 __all__ = [
@@ -29,14 +29,8 @@ __all__ = [
     'patch_moments',
     'patch_network',
     'subtraction',
-    'wide_type',
     'window_sums',
 ]
-
-
-def wide_type(x: torch.Tensor) -> torch.dtype:
-    """float64 for float64, else float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def subtraction(query: torch.Tensor, key: torch.Tensor, kernel_size: int, dilation: int = 1) -> torch.Tensor:
@@ -80,7 +74,7 @@ def coordinates(height: int, width: int, device: torch.device, dtype: torch.dtyp
     Returns:
         Tensor of shape (1, 2, H, W); channel 0 varies along the width, channel 1 along the height.
     """
-    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    dtype = wide_type(dtype)
     # Not torch.linspace, which ties an exported or compiled program to one size.
     rows = torch.arange(height, device=device, dtype=dtype) * 2 / max(height - 1, 1) - 1
     columns = torch.arange(width, device=device, dtype=dtype) * 2 / max(width - 1, 1) - 1
@@ -108,7 +102,7 @@ def grouped(x: torch.Tensor, groups: int) -> torch.Tensor:
 def _sum_over_places(padded: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
     """The sum without operations in place, which transforms do not support."""
     height, width = weight.shape[-2], weight.shape[-1]
-    wide = torch.float64 if padded.dtype == torch.float64 else torch.float32
+    wide = wide_type(padded.dtype)
     source = grouped(padded, weight.shape[1])
     out = torch.zeros_like(source[..., :height, :width], dtype=wide)
     for place in range(kernel_size * kernel_size):  # TorchScript's ** yields a float
@@ -121,7 +115,7 @@ def _sum_over_places(padded: torch.Tensor, weight: torch.Tensor, kernel_size: in
 def _sum_in_place(padded: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
     height, width = weight.shape[-2:]
     source = grouped(padded, weight.shape[1])
-    total = torch.zeros_like(padded[..., :height, :width], dtype=wide_type(padded))
+    total = torch.zeros_like(padded[..., :height, :width], dtype=wide_type(padded.dtype))
     out = grouped(total, weight.shape[1])
     for place in range(kernel_size ** 2):
         window = _window(place, kernel_size, dilation, height, width)
@@ -148,14 +142,14 @@ def _sum_backward(
     groups = weight.shape[1]
     height, width = weight.shape[-2:]
     grad, source = grouped(grad, groups), grouped(padded, groups)
-    grad_padded = torch.zeros_like(padded, dtype=wide_type(padded)) if for_value else padded.new_empty(0)
+    grad_padded = torch.zeros_like(padded, dtype=wide_type(padded.dtype)) if for_value else padded.new_empty(0)
     grad_weight = torch.empty_like(weight) if for_weight else weight.new_empty(0)
     for place in range(kernel_size ** 2):
         window = _window(place, kernel_size, dilation, height, width)
         if for_value:
             grouped(grad_padded, groups)[window].addcmul_(grad, weight[:, None, :, place])
         if for_weight:
-            grad_weight[:, :, place] = (grad * source[window]).sum(1, dtype=wide_type(padded))
+            grad_weight[:, :, place] = (grad * source[window]).sum(1, dtype=wide_type(padded.dtype))
     return grad_padded.to(padded.dtype), grad_weight
 
 
@@ -260,7 +254,7 @@ def on_differences(
 
     `padded` holds the keys behind `reflect_pad`.
     """
-    dtype, wide = weight2.dtype, wide_type(query)
+    dtype, wide = weight2.dtype, wide_type(query.dtype)
     query, padded, weight1, scale, shift, weight2, bias2 = (
         x.to(wide) for x in (query, padded, weight1, scale, shift, weight2, bias2))
     relation = (query[:, :, None, None] - windows(padded, kernel_size, dilation)).flatten(2, 3).relu()
@@ -296,7 +290,7 @@ def on_patches(
         dilation: int,
 ) -> torch.Tensor:
     """`patch_network` of keys behind `reflect_pad`, in their dtype."""
-    dtype, wide = padded.dtype, wide_type(padded)
+    dtype, wide = padded.dtype, wide_type(padded.dtype)
     padded, scale, shift, weight = (x.to(wide) for x in (padded, scale, shift, weight))
     keys = windows(padded, kernel_size, dilation).flatten(1, 3)
     keys = (keys * scale[:, None, None] + shift[:, None, None]).relu()
