@@ -114,6 +114,7 @@ def test_deep_network_is_one_graph(deep):
     assert not torch._dynamo.utils.counters['graph_break']
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.__version__.startswith('2.5.'), reason="torch 2.5 compiles timm's ResNets more often too")
 def test_blocks_compiled_one_by_one_share_graphs(deep):
     """As many graphs as there are different blocks, which torch's default limit allows."""

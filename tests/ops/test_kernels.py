@@ -19,6 +19,7 @@ from .triton_runs import INTERPRETED, Interpreted, needs_interpreter, run_interp
 CPU = torch.device('cpu')
 
 
+@pytest.mark.slow
 @needs_interpreter
 @pytest.mark.skipif(INTERPRETED, reason='is in the interpreter')
 def test_in_the_interpreter() -> None:

@@ -187,6 +187,7 @@ def test_prior_attention_has_the_cycles_of_the_digest():
 # Costs
 
 
+@pytest.mark.slow
 def test_costs_in_the_readme_follow_from_multiply_adds():
     """Three times the multiply-adds of a forward pass, two operations each, for every image of every epoch."""
     text = (FOLDER / 'README.md').read_text()
