@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 
+from ..ops._backend import wide_type
+
 __all__ = ['Frame', 'LayerAttention', 'Reader', 'no_autocast', 'transposed', 'wide']
 
 
@@ -84,7 +86,7 @@ class Reader(NamedTuple):
 
 def wide(x: torch.Tensor) -> torch.Tensor:
     """`x` in at least float32."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(wide_type(x.dtype))
 
 
 def no_autocast(x: torch.Tensor) -> torch.autocast:
