@@ -8,10 +8,13 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.models import save_for_hf
 
 from timm_gsa.commands import _inputs, main
 from timm_gsa.commands._figure import RELEVANCE, SHARE, WEIGHT, draw_panel, panels, relevance_panel, rollout_panel
 from timm_gsa.commands._inputs import PHOTOS, Classifier, read_image
+
+from ..versions import reads_local_dir
 
 ROCKET = PHOTOS / 'rocket.jpg'
 
@@ -121,6 +124,14 @@ def test_view_is_what_the_model_sees_and_pixels_are_found_in_it(size, crop_mode,
 
 
 @with_figures
+@reads_local_dir
+def test_maps_have_the_size_of_the_architecture_under_any_name(tmp_path):
+    save_for_hf(timm.create_model('gsa_resnet50', pretrained=True), tmp_path, safe_serialization=True)
+    for name in ('gsa_resnet50', 'gsa_resnet50.tin200', f'local-dir:{tmp_path}'):
+        assert [Classifier(name, for_maps=maps).input_size for maps in (True, False)] == [(3, 96, 96), (3, 64, 64)]
+    assert Classifier('gsa_resnet50', img_size=48, for_maps=True).input_size == (3, 48, 48)
+
+
 def test_panels_hold_the_weights_of_the_last_layer_of_each_stage(classifiers):
     photo = read_image(ROCKET)
     titles = {

@@ -20,10 +20,9 @@ from safetensors.torch import load_file
 from timm_gsa.commands import _convert, convert_san, main
 
 from ..san_fixtures import MANIFEST, golden, made_input, official_names, official_shapes, official_state
+from ..versions import reads_local_dir
 
-pytestmark = pytest.mark.skipif(
-    tuple(map(int, timm.__version__.split('.')[:3])) < (1, 0, 28),
-    reason='such a timm takes the safetensors file of a local-dir for a pickle')
+pytestmark = reads_local_dir
 
 NAME = 'san10_pairwise'
 OFFICIAL = official_shapes(NAME)

@@ -12,10 +12,9 @@ from safetensors.torch import load_file
 from timm_gsa.commands import convert_smlpnet, main
 
 from ..golden import made_state, official_shapes
+from ..versions import reads_local_dir
 
-pytestmark = pytest.mark.skipif(
-    tuple(map(int, timm.__version__.split('.')[:3])) < (1, 0, 28),
-    reason='such a timm takes the safetensors file of a local-dir for a pickle')
+pytestmark = reads_local_dir
 
 NETWORKS = ('smlpnet_tiny', 'smlpnet_small', 'smlpnet_base')
 NAME = 'smlpnet_mini'  # takes the place of one of them where files are written

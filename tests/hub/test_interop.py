@@ -12,9 +12,9 @@ import torch
 
 import hub_configs
 
-pytestmark = pytest.mark.skipif(
-    tuple(map(int, timm.__version__.split('.')[:3])) < (1, 0, 28),
-    reason='such a timm takes the safetensors file of a local-dir for a pickle')
+from ..versions import reads_local_dir
+
+pytestmark = reads_local_dir
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURE = 'san_tiny_pairwise'

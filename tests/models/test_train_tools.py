@@ -16,6 +16,7 @@ import timm_gsa
 from timm_gsa.models.san import SANBlock
 from timm_gsa.models.smlpnet import SMLPBlock
 
+from ..versions import reads_local_dir
 from .blocks import blocks_of, stages_of
 
 
@@ -293,9 +294,7 @@ def test_create_model_loads_a_checkpoint(name, create, tmp_path, wrapped):
     torch.testing.assert_close(loaded.eval()(x), model(x), rtol=0., atol=0.)
 
 
-@pytest.mark.skipif(
-    tuple(map(int, timm.__version__.split('.')[:3])) < (1, 0, 28),
-    reason='such a timm takes the safetensors file of a local-dir for a pickle')
+@reads_local_dir
 def test_hub_folder_round_trip(ours, create, tmp_path):
     model = create(ours, num_classes=7).eval()
     save_for_hf(model, str(tmp_path), safe_serialization=True)

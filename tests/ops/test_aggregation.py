@@ -137,24 +137,28 @@ def test_empty_batch() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("layout", ["channels_last", "permuted", "sliced", "expanded"])
-def test_memory_layout_does_not_matter(layout: str, batch: int) -> None:
-    value, weight, cotangent = made_case((5, 7), 3, batch=batch)
+@pytest.mark.parametrize("groups", [3, 32])
+@pytest.mark.parametrize("layout", ["channels_last", "value only", "places innermost", "permuted", "sliced", "expanded"])
+def test_memory_layout_does_not_matter(layout: str, groups: int, batch: int) -> None:
+    value, weight, cotangent = made_case((5, 7), 3, 2 * groups, groups, batch)
     if layout == "expanded":
-        value = value[:, :1].expand(-1, 6, -1, -1)
+        value = value[:, :1].expand(-1, 2 * groups, -1, -1)
         weight = weight[:, :, :1, :1].expand(-1, -1, 9, 5, -1)
         cotangent = cotangent[:, :, :, :1].expand(-1, -1, -1, 7)
     want = loops(value, weight, cotangent, 3, 1)
-    if layout == "channels_last":
+    if layout in ("channels_last", "value only", "places innermost"):
         value, cotangent = (x.to(memory_format=torch.channels_last) for x in (value, cotangent))
+    if layout == "channels_last":
         weight = weight.to(memory_format=torch.channels_last_3d)
+    elif layout == "places innermost":
+        weight = weight.flatten(1, 2).to(memory_format=torch.channels_last).unflatten(1, (groups, 9))
     elif layout == "permuted":
         value, cotangent = (x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0) for x in (value, cotangent))
         weight = weight.permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0)
     elif layout == "sliced":
         value = value.repeat_interleave(2, dim=3)[..., ::2]
         weight = weight.repeat_interleave(3, dim=1)[:, 1::3]
-        cotangent = torch.cat([cotangent, cotangent], dim=1)[:, 6:]
+        cotangent = torch.cat([cotangent, cotangent], dim=1)[:, 2 * groups:]
     assert_all_close(with_gradients(aggregation, value, weight, cotangent, 3), want)
     with torch.no_grad():
         torch.testing.assert_close(aggregation(value, weight, 3), want[0], rtol=1e-12, atol=1e-12)
@@ -301,13 +305,20 @@ def test_compiled_training_takes_sizes_that_vary_and_keeps_its_inputs_alone() ->
         assert 0 < sum(x.numel() for x in kept) <= sum(x.numel() for x in (*case[:2], padded))
 
 
-def test_compiled_training_is_a_sound_operator() -> None:
-    value, weight, _ = made_case((5, 8), 3)
-    for padded in (reflect_pad(value, 1), reflect_pad(value, 1).contiguous(memory_format=torch.channels_last)):
-        inputs = padded.requires_grad_(), weight.requires_grad_(), 3, 1
-        torch.library.opcheck(torch.ops.timm_gsa.shifted_sum.default, inputs)
-        call = partial(torch.ops.timm_gsa.shifted_sum, kernel_size=3, dilation=1)
-        assert torch.autograd.gradgradcheck(call, inputs[:2], fast_mode=True)
+@pytest.mark.parametrize("groups", [3, 32])
+@pytest.mark.parametrize("padded_last", [False, True])
+@pytest.mark.parametrize("weight_last", [False, True])
+def test_compiled_training_is_a_sound_operator(groups: int, padded_last: bool, weight_last: bool) -> None:
+    value, weight, _ = made_case((5, 8), 3, 2 * groups, groups)
+    padded = reflect_pad(value, 1)
+    if padded_last:
+        padded = padded.contiguous(memory_format=torch.channels_last)
+    if weight_last:
+        weight = weight.contiguous(memory_format=torch.channels_last_3d)
+    inputs = padded.requires_grad_(), weight.requires_grad_(), 3, 1
+    torch.library.opcheck(torch.ops.timm_gsa.shifted_sum.default, inputs)
+    call = partial(torch.ops.timm_gsa.shifted_sum, kernel_size=3, dilation=1)
+    assert torch.autograd.gradgradcheck(call, inputs[:2], fast_mode=True)
 
 
 def test_exported_with_sizes_that_vary() -> None:

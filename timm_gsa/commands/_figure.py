@@ -19,7 +19,7 @@ from ..interpret import (
     attention_maps,
     attention_rollout,
 )
-from ..models._families import FAMILIES, family_of
+from ..models._families import family_of
 from ._inputs import Classifier
 
 if TYPE_CHECKING:
@@ -31,12 +31,6 @@ POSITIVE, SIGNED = 'inferno', 'berlin'
 SHARE, WEIGHT, RELEVANCE = 'weight, % of the sum', 'weight, without unit', 'relevance, % of the maximum'
 OPACITY = 0.68
 FRAME = (0.24, 0.26)  # space for the title above and the colour bar below a map, in heights of the map
-
-
-def map_size(model: str) -> int | None:
-    """Side of the image, in pixels, at which the maps of a pretrained model are drawn; None: the model's own size."""
-    sizes = {name: size for family in FAMILIES for name, size in family.map_sizes.items()}
-    return sizes.get(model.partition('.')[0])
 
 
 @dataclass(frozen=True)

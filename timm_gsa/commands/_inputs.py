@@ -18,6 +18,7 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from tqdm import tqdm
 
+from ..models._families import family_of
 from ._files import written_whole
 
 PHOTOS = Path(str(files('timm_gsa') / 'photos'))
@@ -43,6 +44,7 @@ class Classifier:
         classes: Source of the class names: the folder the model was trained on, with a folder for each class, or a text
             file with a name on each line. None: names of the pretrained weights.
         img_size: Height and width of the model's input in pixels. None: the size the model was trained on.
+        for_maps: Pretrained weights get images of the size at which their maps are drawn, where `img_size` is None.
 
     Raises:
         RuntimeError: There is no such model, no weights for it, or they do not fit.
@@ -56,11 +58,15 @@ class Classifier:
             checkpoint: Path | None = None,
             classes: Path | None = None,
             img_size: int | None = None,
+            for_maps: bool = False,
     ) -> None:
         names = None if classes is None else read_class_names(classes)
         self.model = timm.create_model(name, pretrained=checkpoint is None, num_classes=names and len(names)).eval()
         if checkpoint is not None:
             load_weights(self.model, checkpoint)
+        elif for_maps and img_size is None:
+            architecture = self.model.pretrained_cfg['architecture']
+            img_size = family_of(architecture).map_sizes.get(architecture)
         config = resolve_model_data_config(self.model, {} if img_size is None else {'img_size': img_size})
         self.input_size: tuple[int, int, int] = config['input_size']
         self._crop_pct, self._crop_mode = config['crop_pct'], config['crop_mode']

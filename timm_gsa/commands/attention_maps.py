@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from ._figure import FRAME, Panel, draw_on, map_size, mark, panels, relevance_panel, rendered, rollout_panel
+from ._figure import FRAME, Panel, draw_on, mark, panels, relevance_panel, rendered, rollout_panel
 from ._inputs import PHOTOS, Classifier, add_model_arguments, progress, read_image, require_extra, save
 
 if TYPE_CHECKING:
@@ -140,8 +140,7 @@ def run(args: argparse.Namespace) -> int:
     path = args.image or PHOTOS / 'rocket.jpg'
     photo = read_image(path)
     classifiers = {
-        name: Classifier(
-            name, args.checkpoint, args.classes, args.img_size or (None if args.checkpoint else map_size(name)))
+        name: Classifier(name, args.checkpoint, args.classes, args.img_size, for_maps=True)
         for name in progress(args.model, 'loading', 'model')}
     picture = figure(photo, classifiers, [(x, y) for x, y in args.point], args.layers)
     out = args.out or Path('output', 'attention', f'{path.stem}.png')

@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..models._families import trained_models
-from ._figure import map_size, panels
+from ._figure import panels
 from ._inputs import Classifier, progress, require_extra
 
 
@@ -65,7 +65,7 @@ def load(names: Sequence[str]) -> dict[str, Classifier]:
     classifiers = {}
     for name in progress(names, 'loading', 'model'):
         try:
-            classifiers[name] = Classifier(name, img_size=map_size(name))
+            classifiers[name] = Classifier(name, for_maps=True)
             panels(classifiers[name], Image.new('RGB', (64, 64)))
         except (RuntimeError, ValueError, OSError) as error:
             raise ValueError(f'--model {name}: {error}') from error

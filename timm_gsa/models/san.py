@@ -36,16 +36,19 @@ class SANStem(nn.Sequential):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            pooled = short_cut(STEM, self, x, HalvingMaxPool)
-            if pooled is not None:
-                return self._behind_pool(pooled)
+            return self._forward(x)
         for module in self:
             x = module(x)
         return x
 
     @torch.jit.unused
-    def _behind_pool(self, x: torch.Tensor) -> torch.Tensor:
-        for module in list(self)[4:]:
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        modules = list(self)
+        pooled = short_cut(STEM, self, x, HalvingMaxPool)
+        if pooled is not None:
+            x, modules = pooled, modules[4:]
+            del pooled  # the blocks do not need it
+        for module in modules:
             x = module(x)
         return x
 

@@ -134,7 +134,7 @@ def main() -> None:
         for norm in args.query_norm if gsa else ['']:
             for lr in args.lr:
                 torch.manual_seed(0)
-                more = dict(img_size=2 * SIZE, query_norm=None if norm == 'none' else norm) if gsa else {}
+                more = dict(img_size=2 * SIZE, query_norm=norm) if gsa else {}
                 model = timm.create_model(name, num_classes=200, **more)
                 loss = train(model, images, labels, args.steps, args.batch, lr)
                 row = dict(model=name, query_norm=norm, lr=lr, steps=args.steps, batch=args.batch, loss=round(loss, 3))

@@ -83,6 +83,8 @@ def coordinates(height: int, width: int, device: torch.device, dtype: torch.dtyp
 
 # The sum over neighbours.
 
+_MANY_GROUPS = 32
+
 
 def aggregation(value: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
     """One multiply-add over the whole map for each of the K * K places; nothing is materialised."""
@@ -114,13 +116,38 @@ def _sum_over_places(padded: torch.Tensor, weight: torch.Tensor, kernel_size: in
 
 def _sum_in_place(padded: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
     height, width = weight.shape[-2:]
+    like = padded[..., :height, :width]
+    padded, weight = _laid_out(_channels_innermost(padded, weight), padded, weight)
     source = grouped(padded, weight.shape[1])
     total = torch.zeros_like(padded[..., :height, :width], dtype=wide_type(padded.dtype))
     out = grouped(total, weight.shape[1])
     for place in range(kernel_size ** 2):
         window = _window(place, kernel_size, dilation, height, width)
         out.addcmul_(source[window], weight[:, None, :, place])
-    return total.to(padded.dtype)
+    return _as(like, total)
+
+
+# The loops over places are slow on tensors whose layouts differ.
+
+
+def _channels_innermost(padded: torch.Tensor, weight: torch.Tensor) -> bool:
+    """True if the loops run over channels, which only many groups make long; they run over positions otherwise."""
+    return padded.stride(1) == weight.stride(1) == 1 and weight.shape[1] >= _MANY_GROUPS
+
+
+def _laid_out(channels_innermost: bool, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Tensors (B, C, ...) with channels or with positions innermost."""
+    if not channels_innermost:
+        return [x.contiguous() for x in tensors]
+    return [x.movedim(1, -1).contiguous().movedim(-1, 1) for x in tensors]
+
+
+def _as(like: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype and the layout of `torch.empty_like(like)`."""
+    expected = torch.empty_like(like, device='meta')
+    if (x.dtype, x.stride()) == (expected.dtype, expected.stride()):
+        return x
+    return torch.empty_like(like).copy_(x)
 
 
 def _window(place: int, kernel_size: int, dilation: int, height: int, width: int) -> tuple[Any, ...]:
@@ -141,16 +168,22 @@ def _sum_backward(
     """Gradients of padded values and weights; one that is not needed has no elements."""
     groups = weight.shape[1]
     height, width = weight.shape[-2:]
+    inputs = padded, weight
+    grad, padded, weight = _laid_out(_channels_innermost(padded, weight), grad, padded, weight)
+    wide = wide_type(padded.dtype)
     grad, source = grouped(grad, groups), grouped(padded, groups)
-    grad_padded = torch.zeros_like(padded, dtype=wide_type(padded.dtype)) if for_value else padded.new_empty(0)
+    grad_padded = torch.zeros_like(padded, dtype=wide) if for_value else padded.new_empty(0)
     grad_weight = torch.empty_like(weight) if for_weight else weight.new_empty(0)
     for place in range(kernel_size ** 2):
         window = _window(place, kernel_size, dilation, height, width)
         if for_value:
             grouped(grad_padded, groups)[window].addcmul_(grad, weight[:, None, :, place])
         if for_weight:
-            grad_weight[:, :, place] = (grad * source[window]).sum(1, dtype=wide_type(padded.dtype))
-    return grad_padded.to(padded.dtype), grad_weight
+            grad_weight[:, :, place] = (grad * source[window]).sum(1, dtype=wide)
+    return (
+        _as(inputs[0], grad_padded) if for_value else grad_padded,
+        _as(inputs[1], grad_weight) if for_weight else grad_weight,
+    )
 
 
 def _sum_flops(padded: Any, weight: Any, *_: Any, products: int = 1, **__: Any) -> int:
