@@ -36,8 +36,9 @@ __all__ = [
 # Positions of a map from which training recomputes relations and does not keep them, and inference goes by rows.
 _LARGE = 28 * 28
 
-# Bytes. The C library returns larger blocks to the system, which clears every page before it is used again.
-_LARGEST_BLOCK = 2 ** 25
+# Bytes of the weights of a batch; parts have half of it. The C library returns blocks of 2 ** 25 bytes to the system,
+# which clears every page before it is used again, and a convolution may need a second block.
+_LARGEST_BLOCK = 2 ** 24
 
 
 # The sum over neighbours, in the form that a compiler turns into the fastest code.
