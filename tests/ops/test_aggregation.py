@@ -138,7 +138,8 @@ def test_empty_batch() -> None:
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("groups", [3, 32])
-@pytest.mark.parametrize("layout", ["channels_last", "value only", "places innermost", "permuted", "sliced", "expanded"])
+@pytest.mark.parametrize("layout", [
+    "channels_last", "value only", "places innermost", "permuted", "sliced", "expanded"])
 def test_memory_layout_does_not_matter(layout: str, groups: int, batch: int) -> None:
     value, weight, cotangent = made_case((5, 7), 3, 2 * groups, groups, batch)
     if layout == "expanded":
