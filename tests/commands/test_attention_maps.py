@@ -123,7 +123,6 @@ def test_view_is_what_the_model_sees_and_pixels_are_found_in_it(size, crop_mode,
         classifier.locate(photo, (-1 if crop_mode == 'squash' else 0, size[1] + 1))
 
 
-@with_figures
 @reads_local_dir
 def test_maps_have_the_size_of_the_architecture_under_any_name(tmp_path):
     save_for_hf(timm.create_model('gsa_resnet50', pretrained=True), tmp_path, safe_serialization=True)
@@ -132,6 +131,7 @@ def test_maps_have_the_size_of_the_architecture_under_any_name(tmp_path):
     assert Classifier('gsa_resnet50', img_size=48, for_maps=True).input_size == (3, 48, 48)
 
 
+@with_figures
 def test_panels_hold_the_weights_of_the_last_layer_of_each_stage(classifiers):
     photo = read_image(ROCKET)
     titles = {

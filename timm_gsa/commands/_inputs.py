@@ -48,7 +48,7 @@ class Classifier:
 
     Raises:
         RuntimeError: There is no such model, no weights for it, or they do not fit.
-        ValueError: `classes` names none.
+        ValueError: `classes` names none, or `for_maps` is set for a model of another package.
         OSError: A file is missing or unreadable.
     """
 

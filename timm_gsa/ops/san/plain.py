@@ -116,38 +116,25 @@ def _sum_over_places(padded: torch.Tensor, weight: torch.Tensor, kernel_size: in
 
 def _sum_in_place(padded: torch.Tensor, weight: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
     height, width = weight.shape[-2:]
-    like = padded[..., :height, :width]
-    padded, weight = _laid_out(_channels_innermost(padded, weight), padded, weight)
+    pattern = padded[..., :height, :width]
+    padded, weight = _laid_out(padded, weight)
     source = grouped(padded, weight.shape[1])
     total = torch.zeros_like(padded[..., :height, :width], dtype=wide_type(padded.dtype))
     out = grouped(total, weight.shape[1])
     for place in range(kernel_size ** 2):
         window = _window(place, kernel_size, dilation, height, width)
         out.addcmul_(source[window], weight[:, None, :, place])
-    return _as(like, total)
+    return _autograd.like(total, pattern)
 
 
-# The loops over places are slow on tensors whose layouts differ.
+def _laid_out(padded: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
+    """All of them with positions innermost, or with channels where padded and weight have them so and groups are many.
 
-
-def _channels_innermost(padded: torch.Tensor, weight: torch.Tensor) -> bool:
-    """True if the loops run over channels, which only many groups make long; they run over positions otherwise."""
-    return padded.stride(1) == weight.stride(1) == 1 and weight.shape[1] >= _MANY_GROUPS
-
-
-def _laid_out(channels_innermost: bool, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Tensors (B, C, ...) with channels or with positions innermost."""
-    if not channels_innermost:
-        return [x.contiguous() for x in tensors]
-    return [x.movedim(1, -1).contiguous().movedim(-1, 1) for x in tensors]
-
-
-def _as(like: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """x in the dtype and the layout of `torch.empty_like(like)`."""
-    expected = torch.empty_like(like, device='meta')
-    if (x.dtype, x.stride()) == (expected.dtype, expected.stride()):
-        return x
-    return torch.empty_like(like).copy_(x)
+    The loops over places are slow on tensors whose layouts differ, and along few groups.
+    """
+    if padded.stride(1) == weight.stride(1) == 1 and weight.shape[1] >= _MANY_GROUPS:
+        return [x.movedim(1, -1).contiguous().movedim(-1, 1) for x in (padded, weight, *others)]
+    return [x.contiguous() for x in (padded, weight, *others)]
 
 
 def _window(place: int, kernel_size: int, dilation: int, height: int, width: int) -> tuple[Any, ...]:
@@ -169,7 +156,7 @@ def _sum_backward(
     groups = weight.shape[1]
     height, width = weight.shape[-2:]
     inputs = padded, weight
-    grad, padded, weight = _laid_out(_channels_innermost(padded, weight), grad, padded, weight)
+    padded, weight, grad = _laid_out(padded, weight, grad)
     wide = wide_type(padded.dtype)
     grad, source = grouped(grad, groups), grouped(padded, groups)
     grad_padded = torch.zeros_like(padded, dtype=wide) if for_value else padded.new_empty(0)
@@ -181,8 +168,8 @@ def _sum_backward(
         if for_weight:
             grad_weight[:, :, place] = (grad * source[window]).sum(1, dtype=wide)
     return (
-        _as(inputs[0], grad_padded) if for_value else grad_padded,
-        _as(inputs[1], grad_weight) if for_weight else grad_weight,
+        _autograd.like(grad_padded, inputs[0]) if for_value else grad_padded,
+        _autograd.like(grad_weight, inputs[1]) if for_weight else grad_weight,
     )
 
 
