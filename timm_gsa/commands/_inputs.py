@@ -18,7 +18,7 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from tqdm import tqdm
 
-from ..models._families import family_of
+from ..models._families import map_size
 from ._files import written_whole
 
 PHOTOS = Path(str(files('timm_gsa') / 'photos'))
@@ -48,7 +48,7 @@ class Classifier:
 
     Raises:
         RuntimeError: There is no such model, no weights for it, or they do not fit.
-        ValueError: `classes` names none, or `for_maps` is set for a model of another package.
+        ValueError: `classes` names none.
         OSError: A file is missing or unreadable.
     """
 
@@ -65,8 +65,7 @@ class Classifier:
         if checkpoint is not None:
             load_weights(self.model, checkpoint)
         elif for_maps and img_size is None:
-            architecture = self.model.pretrained_cfg['architecture']
-            img_size = family_of(architecture).map_sizes.get(architecture)
+            img_size = map_size(self.model.pretrained_cfg['architecture'])
         config = resolve_model_data_config(self.model, {} if img_size is None else {'img_size': img_size})
         self.input_size: tuple[int, int, int] = config['input_size']
         self._crop_pct, self._crop_mode = config['crop_pct'], config['crop_mode']

@@ -247,6 +247,15 @@ def family_of(model: str) -> Family:
     raise ValueError(f'model must start with {", ".join(family.prefix for family in FAMILIES)}, got {model!r}')
 
 
+def map_size(architecture: str) -> int | None:
+    """Height and width in pixels at which maps of a model's pretrained weights are drawn; None: those of its training.
+
+    Args:
+        architecture: Name without a tag, of any package.
+    """
+    return next((family.map_sizes[architecture] for family in FAMILIES if architecture in family.map_sizes), None)
+
+
 def tiny_models(attention: bool = False, untrained: bool = False) -> tuple[str, ...]:
     """Names of the tiny models of all families that have weights in the package.
 
