@@ -291,8 +291,8 @@ if "timm_gsa" in sys.modules or timm.is_model("gsa_resnet50") or not timm.is_mod
 
 @pytest.mark.parametrize("first,flags", [
     ("import timm", STRICT),
-    ("import timm.models.resnet", ["-I"]),
-    ("from timm_gsa.layers import GlobalSelfAttention", STRICT),
+    pytest.param("import timm.models.resnet", ["-I"], marks=pytest.mark.slow),
+    pytest.param("from timm_gsa.layers import GlobalSelfAttention", STRICT, marks=pytest.mark.slow),
 ])
 def test_models_are_known_whatever_is_imported_first(installed, tmp_path, first, flags):
     done = run(installed, *flags, "-c", first + KNOWN, cwd=tmp_path)
@@ -312,15 +312,18 @@ assert "register_model" in inspect.getsource(timm.models)
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_switched_off_only_an_explicit_import_registers(installed, tmp_path):
     run(installed, "-c", f"import torch{UNKNOWN}import timm_gsa{KNOWN}", cwd=tmp_path, TIMM_GSA_AUTOLOAD=0)
 
 
+@pytest.mark.slow
 def test_models_are_known_from_a_target_folder_without_site(bare, target, tmp_path):
     site = next(bare.parents[1].glob("lib/python*/site-packages"))
     run(bare, "-S", "-c", KNOWN, cwd=tmp_path, PYTHONPATH=os.pathsep.join([str(target), str(site)]))
 
 
+@pytest.mark.slow
 def test_torch_and_timm_import_when_the_package_does_not(bare, target, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(target, broken)
@@ -394,6 +397,7 @@ dist.destroy_process_group()
     assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == ["GSAResNet", "GSAResNet"]
 
 
+@pytest.mark.slow
 def test_models_are_known_under_pytest(installed, tmp_path):
     write(tmp_path, {"test_it.py": "def test_it():\n    import timm\n    assert timm.is_model('gsa_resnet50')\n"})
     done = run(installed, "-m", "pytest", "-p", "no:cacheprovider", "-q", "test_it.py", cwd=tmp_path)

@@ -63,7 +63,7 @@ def worker(folder, rank):
             model.load_state_dict(job['state_dict'])  # the others get it from here
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=False)
         result = dict(ddp=dict(grads=train(parallel, x, target), state_dict=model.state_dict()))
-        if HAS_FSDP2:
+        if job['fsdp']:
             model = timm.create_model(**job['arguments'], dtype=torch.float64)
             model.load_state_dict(job['state_dict'])
             grads = train(shard(model, job['blocks']), x, target)
@@ -91,7 +91,7 @@ def run_workers(folder):
 
 
 @pytest.fixture(scope='module')
-def trained(families, create, tmp_path_factory):
+def trained(families, create, tmp_path_factory, pytestconfig):
     """What every process found for every model, beside what one process finds on the whole batch."""
     from .blocks import BLOCKS  # not at the top: the script is no part of a package
 
@@ -102,6 +102,7 @@ def trained(families, create, tmp_path_factory):
         torch.save(dict(
             arguments=dict(arguments, model_name=name, num_classes=7),
             state_dict=model.state_dict(), x=x, target=target,
+            fsdp=HAS_FSDP2 and pytestconfig.getoption('--slow'),
             blocks=[key for key, module in model.named_modules() if isinstance(module, BLOCKS)],
         ), folder / f'{name}.job')
         alone[name] = dict(grads=train(model, x, target), state_dict=model.state_dict())
@@ -112,7 +113,7 @@ def trained(families, create, tmp_path_factory):
     }
 
 
-@pytest.fixture(params=['ddp', 'fsdp'])
+@pytest.fixture(params=['ddp', pytest.param('fsdp', marks=pytest.mark.slow)])
 def kind(request):
     """What the training ran in."""
     if request.param == 'fsdp' and not HAS_FSDP2:
@@ -137,6 +138,7 @@ def test_processes_stay_equal(name, trained, kind):
             first[kind]['state_dict'][key], tensor, msg=lambda text, key=key: f'{key}: {text}')
 
 
+@pytest.mark.slow
 def test_each_process_holds_its_share(name, trained):
     """Of every parameter: `fully_shard` reached all blocks, and what is outside of them."""
     if not HAS_FSDP2:

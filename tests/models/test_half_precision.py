@@ -19,6 +19,7 @@ from timm_gsa.layers import (
     SparseMLP,
 )
 from timm_gsa.models._families import tiny_models
+from timm_gsa.models.dcac import CondenserBlock
 from timm_gsa.models.san import SANBlock
 from timm_gsa.models.smlpnet import SMLPBlock
 
@@ -81,6 +82,7 @@ def results(module: nn.Module, x: torch.Tensor, **autocast) -> tuple[torch.Tenso
         else:
             loss = (out.float() * torch.linspace(-1., 1., out.numel()).reshape(out.shape)).mean()
     (loss * SCALE).backward()
+    assert all(buffer.isfinite().all() for buffer in module.buffers())
     gradients = [tensor.grad.double().flatten() / SCALE for tensor in (*module.parameters(), x)]
     return out.detach().double(), torch.cat(gradients)
 
@@ -161,6 +163,7 @@ class Softmaxes(TorchDispatchMode):
     ('gsa_resnet_tiny', GlobalSelfAttention, 2),  # of the query and of the keys
     ('san_tiny_pairwise', PairwiseAttention, 1),
     ('priorattn_resnet_tiny', PriorAttention, 2),  # one for each axis
+    ('dcac_mini', CondenserBlock, 0.5),  # the four at the start of a stage are gates
 ])
 def test_every_softmax_is_in_float32(name, layer, softmaxes, autocast, dtype):
     model = copy.deepcopy(prototype(name)).eval()
@@ -170,7 +173,7 @@ def test_every_softmax_is_in_float32(name, layer, softmaxes, autocast, dtype):
         model, x = model.to(dtype), x.to(dtype)
     with torch.no_grad(), torch.autocast('cpu', dtype=dtype, enabled=autocast), Softmaxes() as recorded:
         model(x)
-    assert [result.dtype for result in recorded.results] == [torch.float32] * softmaxes * layers
+    assert [result.dtype for result in recorded.results] == [torch.float32] * int(softmaxes * layers)
 
 
 @pytest.mark.parametrize('dtype', HALVES, ids=str)

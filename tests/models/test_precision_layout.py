@@ -3,7 +3,6 @@ import pytest
 import timm
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm_gsa  # noqa: F401
 
@@ -61,42 +60,6 @@ def test_half_parameters_stay_close_to_float32(pretrained, dtype):
     exact = gradients(model.float(), x.float())
     assert all(grad.dtype == dtype for grad in result[1].values())
     assert_close_in(dtype, result, exact)
-
-
-@pytest.mark.parametrize('dtype', HALVES, ids=str)
-def test_autocast_trains(name, create, dtype):
-    model = create(name, num_classes=7, fresh=True).train()
-    x = images()
-    exact, _ = gradients(create(name, num_classes=7, fresh=True).train(), x)
-    with torch.autocast('cpu', dtype=dtype):
-        out, grads = gradients(model, x)
-    assert relative_error(out, exact) < 0.3
-    assert [key for key, grad in grads.items() if not grad.isfinite().all()] == []
-    assert [key for key, buffer in model.named_buffers() if not buffer.isfinite().all()] == []
-
-
-class Softmaxes(TorchDispatchMode):
-    """Records the dtype of every softmax that runs."""
-
-    def __init__(self):
-        super().__init__()
-        self.dtypes = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if 'softmax' in str(func):
-            self.dtypes.append(out.dtype)
-        return out
-
-
-@pytest.mark.parametrize('way', ['autocast', 'parameters'])
-def test_attention_is_normalised_in_float32(ours, create, way):
-    model = create(ours, dtype=torch.bfloat16 if way == 'parameters' else None).eval()
-    x = images(torch.bfloat16 if way == 'parameters' else torch.float32)
-    with torch.no_grad(), torch.autocast('cpu', dtype=torch.bfloat16, enabled=way == 'autocast'), Softmaxes() as seen:
-        model(x)
-    assert set(seen.dtypes) <= {torch.float32}
-    assert bool(seen.dtypes) == (ours not in ('san_tiny_patchwise', 'smlpnet_mini')), 'all others have a softmax'
 
 
 def test_double_is_the_same_network_only_finer(name, create):

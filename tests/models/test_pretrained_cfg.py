@@ -49,8 +49,10 @@ def test_pool_size_is_the_size_of_the_last_map(registered, cfg, create):
     assert model.forward_features(torch.empty(1, *cfg['input_size'], device='meta')).shape[2:] == cfg['pool_size']
 
 
-@pytest.mark.parametrize(
-    'registered', [*tiny_models(untrained=True), *(name for each in FAMILIES for name in each.smallest)])
+@pytest.mark.parametrize('registered', [
+    *tiny_models(untrained=True),
+    *(pytest.param(name, marks=pytest.mark.slow) for family in FAMILIES for name in family.smallest),
+])
 def test_smallest_input_runs_and_smaller_does_not(registered, cfg, create):
     """`min_input_size` is there where the number of pools sets one; without it one pixel will do."""
     model = create(registered, device='meta').eval()

@@ -42,8 +42,7 @@ def compiled_calls(stem, x):
 
 
 @pytest.mark.parametrize('channels_last', [False, True])
-@pytest.mark.parametrize('size', [(64, 64), (33, 70), (2, 3)])
-@pytest.mark.parametrize('in_chans', [1, 3, 4])
+@pytest.mark.parametrize('in_chans, size', [(3, (64, 64)), (3, (33, 70)), (1, (33, 70)), (4, (2, 3))])
 def test_forms_agree_with_the_layers(in_chans, size, channels_last):
     stem = stem_of(in_chans)
     x = torch.randn(3, in_chans, *size, dtype=torch.float64)

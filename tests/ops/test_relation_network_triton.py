@@ -191,6 +191,7 @@ def test_maps_of_other_sizes_need_no_compilation(
 
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [18, 24])
 def test_compiled_for_a_gpu_they_keep_their_sums_in_registers(
         kernels: Any,
@@ -211,7 +212,7 @@ def test_compiled_for_a_gpu_they_keep_their_sums_in_registers(
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize(("dtype", "channels", "hidden", "groups", "served"), [
-    (torch.bfloat16, 18, 16, 8, True),
+    pytest.param(torch.bfloat16, 18, 16, 8, True, marks=pytest.mark.slow),
     pytest.param(torch.bfloat16, 130, 128, 64, True, marks=pytest.mark.slow),
     pytest.param(torch.float32, 34, 32, 16, True, marks=pytest.mark.slow),
     (torch.float32, 130, 128, 64, False),

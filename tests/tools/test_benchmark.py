@@ -46,7 +46,8 @@ def test_operations_are_measured_against_their_plain_formulations(tmp_path, caps
     assert machine['rounds'] == 2 and machine['small_step_us'] > 0
 
 
-@pytest.mark.parametrize('what', ['inference', 'training', 'scaling'])
+@pytest.mark.parametrize('what', [
+    'inference', pytest.param('training', marks=pytest.mark.slow), pytest.param('scaling', marks=pytest.mark.slow)])
 def test_models_are_measured_beside_a_resnet50(what, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, 'BASE', 'test_resnet')  # small enough to be measured in a moment
     names = ('san_tiny_patchwise', 'priorattn_resnet_tiny', 'smlpnet_mini', 'dcac_mini')
@@ -227,6 +228,7 @@ print('agree')
 """
 
 
+@pytest.mark.slow
 @needs_triton
 def test_formulation_of_the_papers_kernels_agrees_with_the_reference():
     tools = Path(benchmark.__file__).parent

@@ -141,6 +141,7 @@ def test_other():
     return tmp_path
 
 
+@pytest.mark.slow
 def test_runs_the_tests_itself(project, readme):
     assert interop_table.main(['--write']) == 0
     assert readme.read_text().splitlines()[4:6] == [

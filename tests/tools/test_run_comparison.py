@@ -85,6 +85,7 @@ def test_only_and_seeds_choose(home):
     assert [line.split()[0] for line in order(home)] == ['two-seed3', 'two-seed4']
 
 
+@pytest.mark.slow
 def test_a_run_cut_off_by_the_clock_resumes_and_nothing_of_it_goes_on(home, capsys):
     (home / 'slow.yaml').write_text('seeds: [0]\nruns: {slow: --pace 30}\n')
     start = time.monotonic()

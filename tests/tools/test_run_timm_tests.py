@@ -393,6 +393,7 @@ def test_command_succeeds_on_a_full_pass(
     assert said.endswith("2 of 2 runs good\n")
 
 
+@pytest.mark.slow
 def test_command_fails_without_any_test(
         tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:
