@@ -5,7 +5,7 @@ Source: Tang et al., "Sparse MLP for Image Recognition: Is Self-Attention Really
 import torch
 import torch.nn.functional as F
 
-from ._backend import Operation, compute, is_compiling, statically_true, wide_type
+from ._backend import Operation, compute, statically_true, wide_type
 
 __all__ = [
     'COLUMN_MIXING',
@@ -45,7 +45,7 @@ def _by_rows(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor) -> torch
     """A product for each row, with channels innermost."""
     batch, channels, height, width = x.shape
     rows = x.permute(0, 2, 3, 1).reshape(batch * height, width, channels)
-    mixed = _products(matrix.expand(batch * height, width, width), rows, bias.unsqueeze(-1))
+    mixed = torch.baddbmm(bias.unsqueeze(-1), matrix.expand(batch * height, width, width), rows)
     return mixed.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
@@ -75,15 +75,8 @@ def _by_columns(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor) -> to
     """A product for each image, with channels innermost."""
     batch, channels, height, width = x.shape
     columns = x.permute(0, 2, 3, 1).reshape(batch, height, width * channels)
-    mixed = _products(matrix.expand(batch, height, height), columns, bias.unsqueeze(-1))
+    mixed = torch.baddbmm(bias.unsqueeze(-1), matrix.expand(batch, height, height), columns)
     return mixed.view(batch, height, width, channels).permute(0, 3, 1, 2)
-
-
-def _products(matrices: torch.Tensor, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """matrices @ x + bias. A compiler adds the bias where the result is used; `baddbmm` writes it out beforehand."""
-    if is_compiling():
-        return torch.bmm(matrices, x) + bias
-    return torch.baddbmm(bias, matrices, x)
 
 
 def row_mixing_reference(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
