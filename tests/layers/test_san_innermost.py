@@ -103,9 +103,10 @@ def test_gradients_autocast_and_half_precision_take_the_general_path(layer, mode
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which('g++'), reason='the CPU code of inductor needs a C++ compiler')
 @pytest.mark.skipif(torch.__version__.startswith('2.5.'), reason='inductor of torch 2.5 fails at its CPU code')
-def test_compiled_code_agrees_with_eager_mode(layer):
+@pytest.mark.parametrize('channels_last', [False, True])
+def test_compiled_code_agrees_with_eager_mode(layer, channels_last):
     run = torch.compile(layer, fullgraph=True, dynamic=True)
     with torch.no_grad():
         for shape in ((2, 11, 6), (3, 9, 14)):
-            x = images(*shape)
+            x = images(*shape, channels_last)
             torch.testing.assert_close(run(x), layer(x))
