@@ -1,5 +1,6 @@
 """Figures of attention and of learned positions. They need the extra `interpret`."""
 import argparse
+import copy
 import importlib.util
 import sys
 
@@ -13,6 +14,7 @@ from timm.models import save_for_hf
 from timm_gsa.commands import _inputs, main
 from timm_gsa.commands._figure import RELEVANCE, SHARE, WEIGHT, draw_panel, panels, relevance_panel, rollout_panel
 from timm_gsa.commands._inputs import PHOTOS, Classifier, read_image
+from timm_gsa.layers import GlobalSelfAttention
 
 from ..versions import reads_local_dir
 
@@ -179,6 +181,21 @@ def test_rollout_and_relevance_cover_every_family(classifiers):
         assert relevance.title == 'relevance for rocket' and relevance.unit == RELEVANCE
         assert relevance.weight.shape == (64, 64) and relevance.weight.max() - relevance.weight.min() > 20
         assert all(p.grad is None for p in classifier.model.parameters())
+
+
+@with_figures
+@pytest.mark.parametrize(('stage', 'length'), [('layer3', 4), ('layer4', 2)])
+def test_rollout_of_another_model_with_our_layers_is_drawn_where_it_has_one(classifiers, stage, length):
+    classifier = copy.copy(classifiers['gsa_resnet_tiny'])
+    classifier.model = timm.create_model('resnet18', num_classes=10).eval()
+    block = classifier.model.get_submodule(f'{stage}.1')
+    block.conv2 = GlobalSelfAttention(block.conv2.in_channels, feat_size=(length, length))
+    block.eval()
+    rollout = rollout_panel(classifier, read_image(ROCKET), (200., 200.))
+    if stage == 'layer3':  # layer4 convolves behind it
+        assert rollout is None
+    else:
+        assert rollout.weight.sum() == pytest.approx(100, abs=1e-2)
 
 
 @with_figures

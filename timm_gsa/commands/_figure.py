@@ -16,10 +16,10 @@ from ..interpret import (
     GlobalMaps,
     LayerAttention,
     NeighbourhoodMaps,
+    NoRolloutError,
     attention_maps,
     attention_rollout,
 )
-from ..models._families import family_of
 from ._inputs import Classifier
 
 if TYPE_CHECKING:
@@ -90,17 +90,18 @@ def panels(
 
 
 def rollout_panel(classifier: Classifier, photo: Image.Image, point: tuple[float, float]) -> Panel | None:
-    """Rollout of one position of the last attention layer through all layers; None if the family has no rollout.
+    """Rollout of one position of the last attention layer through all layers; None if the model has no rollout.
 
     Args:
         classifier: As for `panels`.
         photo: As for `panels`.
         point: Position (x, y) in pixels of `classifier.view(photo)`.
     """
-    if not family_of(classifier.model.pretrained_cfg['architecture']).rollout:
-        return None
     x = classifier.transform(photo).unsqueeze(0)
-    share = attention_rollout(classifier.model, x, _input_points(classifier, point))[0, 0]
+    try:
+        share = attention_rollout(classifier.model, x, _input_points(classifier, point))[0, 0]
+    except NoRolloutError:
+        return None
     return Panel('rollout', 'rollout through all layers', 'from the last map', 100 * _array(share), SHARE)
 
 

@@ -12,7 +12,7 @@ from ._condenser import CondenserMaps, GateMaps
 from ._global_self_attention import GlobalMaps
 from ._prior_attention import GaussianMaps
 from ._reader import Frame, LayerAttention
-from ._rollout import attention_rollout
+from ._rollout import NoRolloutError, attention_rollout
 from ._run import attention_layers, cells_of, reader_of, run, unwrapped
 from ._san import NeighbourhoodMaps
 from ._sparse_mlp import AxialMaps
@@ -25,6 +25,7 @@ __all__ = [
     'GlobalMaps',
     'LayerAttention',
     'NeighbourhoodMaps',
+    'NoRolloutError',
     'attention_maps',
     'attention_rollout',
 ]

@@ -10,7 +10,11 @@ import torch.nn.functional as F
 from ._reader import transposed, wide
 from ._run import attention_layers, cells_of, reader_of, run, unwrapped
 
-__all__ = ['attention_rollout']
+__all__ = ['NoRolloutError', 'attention_rollout']
+
+
+class NoRolloutError(ValueError):
+    """Something other than attention mixes positions between the attention layers of a model."""
 
 
 class _Step(NamedTuple):
@@ -51,7 +55,8 @@ def attention_rollout(
         attends to. Non-negative, and sums to 1 over the map.
 
     Raises:
-        ValueError: As for `attention_maps`, or something other than attention mixes positions between its layers.
+        NoRolloutError: Something other than attention mixes positions between the model's layers (a ValueError).
+        ValueError: As for `attention_maps`.
         RuntimeError: A layer did not run.
     """
     model = unwrapped(model)
@@ -65,7 +70,7 @@ def attention_rollout(
         steps: list[_Step] = []
         for name, step in dropwhile(lambda item: item[1] is None, results.items()):  # behind the stem
             if step is None:
-                raise ValueError(
+                raise NoRolloutError(
                     f'model must mix positions by attention alone for a rollout, but {name} is a convolution'
                 )
             steps.append(step)
@@ -95,7 +100,7 @@ def _step(name: str, layer: nn.Module, x: torch.Tensor, output: torch.Tensor) ->
         return None
     share_back = reader.share_back
     if isinstance(share_back, str):
-        raise ValueError(
+        raise NoRolloutError(
             f'model must mix positions by attention alone for a rollout, but layer {name} {share_back}')
     return _Step(
         (x.shape[-2], x.shape[-1]), (output.shape[-2], output.shape[-1]), x.device, wide(x).dtype,

@@ -28,7 +28,6 @@ class Family:
         verified: What is verified, in Markdown.
         ours: What is our choice, in Markdown.
         attention: True if `timm_gsa.attention_maps` reads its models.
-        rollout: True if attention rollout is defined for its models.
         map_sizes: Side of the image, in pixels, at which the maps of a pretrained model are drawn, where its own size
             makes them small: the largest at which it still classifies well, by tools/measure/sizes.py.
         sized: True if its models take `img_size`.
@@ -56,7 +55,6 @@ class Family:
     verified: str
     ours: str
     attention: bool
-    rollout: bool = False
     map_sizes: Mapping[str, int] = field(default_factory=dict)
     sized: bool = False
     strides: tuple[int, ...] = (2, 4, 8, 16, 32)
@@ -96,7 +94,6 @@ FAMILIES = (
             'resampling of tables'
         ),
         attention=True,
-        rollout=True,
         map_sizes={'gsa_resnet50': 96},
         sized=True,
         small_stem=True,
@@ -124,7 +121,6 @@ FAMILIES = (
         ),
         ours='maps smaller than reflection allows, `output_stride`, stochastic depth',
         attention=True,
-        rollout=True,
         small_stem=True,
         code='https://github.com/hszhao/SAN',
         code_license='mit',
