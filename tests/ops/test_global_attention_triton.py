@@ -192,7 +192,7 @@ def test_compiled_for_a_gpu_they_keep_what_they_need_in_registers(
     everything(kernels, depth, (size, size), "last")
     names = {name for name, each in launches.items() if each.variants}
     assert names >= {"_attend_backward", "_context", "_content", "_content_backward"}
-    assert ("_attend_narrow" in names) == (depth == 8)
+    assert ("_attend_tiles" in names) == (depth == 8)
     assert ("_merge" in names) == (size > 14)
     for name in names:
         for program in launches[name].compiled():

@@ -44,7 +44,7 @@ from .._kernels import grid_of, layout_of
 __all__ = ['attend', 'attend_backward', 'content', 'content_backward', 'fused', 'gather', 'gather_backward']
 
 _BLOCK = 32  # positions of a line at a time, at most
-_TILE = 64  # the same where heads are narrow
+_TILE = 64  # the same where heads have few channels
 _EACH = 4  # lines of a program in a forward pass
 _PROGRAMS = 1024  # that share the lines of a batch in a backward pass
 _CONTEXTS = 512  # programs that fill a GPU: fewer share the positions of an image
@@ -239,7 +239,7 @@ def _attend_backward(
         tl.store(workspace, grad_table)
 
 
-# Axial steps of narrow heads.
+# Axial steps of heads of few channels.
 
 
 @_kernel
@@ -302,7 +302,7 @@ def _tile_queries(
 
 
 @_kernel
-def _attend_narrow(
+def _attend_tiles(
         q, v, embedding, context, scale, shift, out, heads, across, length, blocks,
         q_b, q_n, q_d, q_l, q_w, v_b, v_n, v_d, v_l, v_w, o_b, o_n, o_d, o_l, o_w,
         Q_UNIT: tl.constexpr, Q_V: tl.constexpr, V_UNIT: tl.constexpr, V_V: tl.constexpr,
@@ -598,7 +598,7 @@ def _line_sizes(query: torch.Tensor, value: torch.Tensor, block: int = _BLOCK) -
     )
 
 
-def _is_narrow(query: torch.Tensor, value: torch.Tensor) -> bool:
+def _embeds_first(query: torch.Tensor, value: torch.Tensor) -> bool:
     """True if embeddings go into the product with the values before the queries do.
 
     out[x] = sum over d of query[x, d] * (sum over i of table[i - x, d] * value[i]) has d / 2 times as many
@@ -656,11 +656,11 @@ def attend(
     more = table if context is None else context, *(affine or (table, table))
     maps = _lines_of(Q=query, V=value, O=out)
     with torch.cuda.device_of(query):
-        if _is_narrow(query, value):
+        if _embeds_first(query, value):
             sizes = _tile_sizes(query, value)
             blocks = triton.cdiv(length, _TILE)
             tiles = batch * triton.cdiv(across, sizes['LINES'] // sizes['HEADS']) * (heads // sizes['HEADS'])
-            _attend_narrow[grid_of(tiles * blocks)](
+            _attend_tiles[grid_of(tiles * blocks)](
                 query, value, _embedding(table, length, query.dtype), *more, out, heads, across, length, blocks,
                 *maps.strides, **maps.constants, **sizes, **branches,
             )
