@@ -40,6 +40,15 @@ def test_agrees_with_its_parts(height, width, bias, stride, query_norm):
     torch.testing.assert_close(out, global_attention_reference(*tensors, stride, query_norm), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize('query_norm', ['softmax', 'rms'])
+@pytest.mark.parametrize('depth', [1, 8, 16, 20])
+def test_queries_are_normalised_over_heads_of_any_size(depth, query_norm):
+    tensors = inputs(6, 7, batch=5, depth=depth)
+    torch.testing.assert_close(
+        global_attention(*tensors, 1, query_norm), global_attention_reference(*tensors, 1, query_norm),
+        rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.filterwarnings('error')
 def test_later_blocks_of_images_fit_into_the_memory_of_the_first():
     tensors = inputs(35, 54, batch=5, heads=1, depth=2)

@@ -40,6 +40,9 @@ __all__ = [
 # Logits that a core computes at once: few enough for its cache, and enough for matrix products.
 _BLOCK = 2 ** 18
 
+# Channels of a head below which a softmax over them is faster with positions innermost.
+_FEW = 16
+
 # Logits of a map and head from which on recomputing them in the backward pass beats storing them.
 _MANY = 2 ** 14
 
@@ -338,7 +341,7 @@ def _image_by_image(
         key = key.view(count, channels, -1)
         _project(pixels, weight, bias, query, key, value)
         if query_norm is not None:
-            query.copy_(normalise_query(query.unflatten(2, (heads, depth)), query_norm, -1).flatten(2))
+            _normalise(query, query_norm, heads, scratch)
         # Column step: one matrix for each row of queries, and for each column of values and head.
         rows = query.view(count, height, -1).transpose(0, 1).reshape(height, -1, depth)
         columns = value.view(count, height, -1).transpose(0, 1).reshape(height, -1, depth).transpose(0, 1)
@@ -372,6 +375,16 @@ def _project(
     if bias is not None:
         for projected, summand in zip((query, key.mT, value), bias.chunk(3), strict=True):
             projected += summand
+
+
+def _normalise(query: torch.Tensor, query_norm: str, heads: int, scratch: torch.Tensor) -> None:
+    """`normalise_query` of queries (images, N, C), in place."""
+    by_head = query.unflatten(2, (heads, -1))
+    if by_head.shape[-1] < _FEW:
+        transposed = scratch.view(by_head.permute(0, 2, 3, 1).shape).copy_(by_head.permute(0, 2, 3, 1))
+        by_head.copy_(normalise_query(transposed, query_norm).permute(0, 3, 1, 2))
+    else:
+        by_head.copy_(normalise_query(by_head, query_norm, -1))
 
 
 def _content(
