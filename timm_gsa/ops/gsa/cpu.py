@@ -40,7 +40,7 @@ __all__ = [
 # Logits that a core computes at once: few enough for its cache, and enough for matrix products.
 _BLOCK = 2 ** 18
 
-# Channels of a head below which a softmax over them is faster with positions innermost.
+# Channels of a head below which a norm over them is faster with positions innermost.
 _FEW = 16
 
 # Logits of a map and head from which on recomputing them in the backward pass beats storing them.
